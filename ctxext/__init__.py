@@ -1,0 +1,38 @@
+"""ctxext extends the context window of pretrained language models, and proves that the extension works.
+
+Importing it loads neither torch nor transformers; each name is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ctxext.errors import CtxextError
+    from ctxext.recipe.load import load_recipe
+    from ctxext.recipe.schema import Recipe
+    from ctxext.rope.patchers import extend_config
+    from ctxext.rope.verify import verify_positions
+
+__version__ = "0.1.0"
+
+_PLACES = {
+    "CtxextError": "ctxext.errors",
+    "Recipe": "ctxext.recipe.schema",
+    "extend_config": "ctxext.rope.patchers",
+    "load_recipe": "ctxext.recipe.load",
+    "verify_positions": "ctxext.rope.verify",
+}
+
+__all__ = ["CtxextError", "Recipe", "__version__", "extend_config", "load_recipe", "verify_positions"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PLACES:
+        return getattr(importlib.import_module(_PLACES[name]), name)
+    raise AttributeError(f"module 'ctxext' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

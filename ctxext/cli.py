@@ -1,0 +1,199 @@
+"""The command line: parses, calls, maps errors to exit codes. No logic of its own, and no torch before it is needed."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ctxext.errors import CtxextError, UsageError, exit_code_of
+
+if TYPE_CHECKING:
+    from ctxext.pipeline.console import ConsoleReporter
+    from ctxext.recipe.schema import Recipe
+
+app = typer.Typer(
+    name="ctxext",
+    help="Extend the context window of a pretrained language model, and prove that it works.",
+    epilog="An argument that ends in .yaml or names a shipped recipe is a recipe, anything else is a model.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+list_app = typer.Typer(help="Show what is available.", no_args_is_help=True)
+app.add_typer(list_app, name="list")
+
+What = Annotated[
+    str, typer.Argument(metavar="RECIPE|MODEL", help="Shipped recipe, .yaml file, hub id, model folder or .gguf file.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...", help="Settings that override the recipe, e.g. train.steps=50.", show_default=False
+    ),
+]
+TargetLength = Annotated[
+    int | None,
+    typer.Option("--target-length", "-n", help="Positions the extended model shall reach.", show_default=False),
+]
+Method = Annotated[
+    str | None,
+    typer.Option("--method", "-m", help="RoPE method, see `ctxext list methods`.", show_default=False),
+]
+
+
+@app.command()
+def extend(what: What, overrides: Overrides = None, target_length: TargetLength = None, method: Method = None) -> None:
+    """The whole job: plan, evaluate, train, merge, verify, evaluate again, report.
+
+    Run the same command again to go on after an interruption.
+    """
+    from ctxext.pipeline.extend import extend as run_extend
+    from ctxext.pipeline.summary import print_summary
+
+    recipe, reporter = _recipe(what, overrides, target_length, method), _reporter()
+    print_summary(reporter.console, run_extend(recipe, reporter))
+
+
+@app.command()
+def plan(what: What, overrides: Overrides = None, target_length: TargetLength = None, method: Method = None) -> None:
+    """What would happen, in numbers; loads no weights."""
+    from ctxext.pipeline.summary import print_plan
+
+    print_plan(_reporter(), _recipe(what, overrides, target_length, method))
+
+
+@app.command()
+def train(what: What, overrides: Overrides = None, target_length: TargetLength = None, method: Method = None) -> None:
+    """Train the adapter only; `ctxext extend` goes on from there."""
+    from ctxext.pipeline.extend import extend as run_extend
+
+    recipe, reporter = _recipe(what, overrides, target_length, method), _reporter()
+    run = run_extend(recipe, reporter, last_stage="train")
+    reporter.info(f"adapter with its extended config: {run / 'adapter'}")
+
+
+@app.command()
+def merge(
+    adapter: Annotated[str, typer.Argument(help="Run folder, or adapter folder written by ctxext.")],
+    destination: Annotated[str, typer.Argument(help="New folder for the plain checkpoint.")],
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+) -> None:
+    """Merge an adapter into its base: a plain checkpoint, read back and compared."""
+    from pathlib import Path
+
+    from ctxext.export.merge import merge_adapter
+
+    folder = Path(adapter)
+    if (folder / "adapter").is_dir():
+        folder = folder / "adapter"
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise UsageError("unknown dtype", where="--dtype", got=dtype, expected="auto, float32 or bfloat16")
+    proof = merge_adapter(folder, Path(destination), dtype)
+    reporter = _reporter()
+    reporter.info(f"largest logit difference to base + adapter: {proof.largest_logit_difference:.1e}")
+    reporter.info(proof.verification.summary())
+    reporter.info(f"merged checkpoint: {proof.folder}")
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Hub id, folder, .gguf file or package:NAME/FILE.")],
+    suite: Annotated[str, typer.Option(help="Shipped suite or .yaml file.")] = "quick",
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Folder for samples and heatmap.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Hub revision.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+) -> None:
+    """Measure retrieval by position and loss by position of one model."""
+    from ctxext.pipeline.evaluate import evaluate_model
+
+    reporter = _reporter()
+    page = evaluate_model(model, suite=suite, output=output, revision=revision, dtype=dtype, reporter=reporter)
+    reporter.info(f"report: {page}")
+
+
+@app.command()
+def report(
+    run: Annotated[str, typer.Argument(help="Run folder, or a folder written by `ctxext eval`.")],
+    record: Annotated[
+        str | None,
+        typer.Option(help="Also copy samples, results and heatmaps into this new baseline folder.", show_default=False),
+    ] = None,
+    command: Annotated[str, typer.Option(help="With --record: the command that repeats the run.")] = "",
+    hardware: Annotated[str, typer.Option(help="With --record: the machine, in words.")] = "",
+) -> None:
+    """Draw heatmaps, curves and page again from the stored samples."""
+    from pathlib import Path
+
+    from ctxext.pipeline.summary import print_report
+
+    if record and not (command and hardware):
+        raise UsageError(
+            "--record needs --command and --hardware, so that readers know what they see", where="command line"
+        )
+    print_report(_reporter(), Path(run), Path(record) if record else None, command=command, hardware=hardware)
+
+
+@app.command()
+def verify(
+    checkpoint: Annotated[str, typer.Argument(help="Merged checkpoint, adapter folder or run folder.")],
+) -> None:
+    """Are the positions in effect? Checks checksums, config and every rotary module of the loaded model."""
+    from pathlib import Path
+
+    from ctxext.pipeline.verify import verify_checkpoint
+
+    reporter = _reporter()
+    for line in verify_checkpoint(Path(checkpoint)):
+        reporter.info(line)
+
+
+@list_app.command()
+def methods() -> None:
+    """RoPE methods: what each does and when to use it."""
+    from rich.table import Table
+
+    from ctxext.rope.methods import METHODS
+
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("method", "what it does", "when to use it", "parameters", "source"):
+        table.add_column(column, style="bold" if column == "method" else None)
+    for name, method in METHODS.items():
+        parameters = ", ".join(sorted(set(method.model_fields) - {"method", "factor"})) or "-"
+        table.add_row(name, method.summary, method.when, parameters, method.source)
+    _reporter().console.print(table)
+
+
+def _recipe(what: str, overrides: list[str] | None, target_length: int | None, method: str | None) -> Recipe:
+    from ctxext.pipeline.recipes import recipe_of
+
+    return recipe_of(what, overrides or [], target_length, method)
+
+
+def _reporter() -> ConsoleReporter:
+    from ctxext.pipeline.console import ConsoleReporter
+
+    return ConsoleReporter()
+
+
+def main() -> None:
+    """Entry point: expected errors become one message and an exit code; anything else is a bug with a traceback."""
+    # Libraries ask the hub for updates and print progress of their own; neither belongs into this program's output.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    try:
+        app(standalone_mode=True)
+    except CtxextError as error:
+        print(f"ctxext: {error}", file=sys.stderr)
+        sys.exit(exit_code_of(error))
+    except KeyboardInterrupt:
+        print("ctxext: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""Where sentences and lines end, seen from token ids alone."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from typing import Any
+
+
+class SentenceEnds:
+    """Finds places between two tokens where text can be inserted without cutting a sentence.
+
+    Decoding and encoding again would change the number of tokens; this never does.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._known: dict[int, bool] = {}
+
+    def is_end(self, token: int) -> bool:
+        """Whether a sentence or line may end with `token`."""
+        known = self._known.get(token)
+        if known is None:
+            text = self._tokenizer.decode([token])
+            known = text.endswith("\n") or text.rstrip(" ").endswith((".", "!", "?"))
+            self._known[token] = known
+        return known
+
+    def nearest(self, ids: Sequence[int], wanted: int) -> int:
+        """The insertion index nearest to `wanted` behind a sentence end; both ends of `ids` count as such."""
+        if wanted in (0, len(ids)):
+            return wanted
+        places = [0, *(i + 1 for i, token in enumerate(ids[:-1]) if self.is_end(token)), len(ids)]
+        right = bisect.bisect_left(places, wanted)
+        return min(places[max(right - 1, 0) : right + 1], key=lambda place: (abs(place - wanted), place))
+
+
+def encode_plain(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of `text` without special tokens."""
+    return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)

@@ -1,0 +1,79 @@
+"""Evaluate one arm: a model, a suite and a folder in; stored samples out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Protocol
+
+from ctxext.data.boundaries import encode_plain
+from ctxext.evaluation.engine import Answerer, evaluate_samples
+from ctxext.evaluation.haystack import HaystackReader, load_haystack
+from ctxext.evaluation.prompt import PromptBuilder
+from ctxext.evaluation.scoring import NUMBER_MATCH
+from ctxext.evaluation.store import SampleResult, SampleStore
+from ctxext.evaluation.suite import Sample, Suite, resolve_samples
+from ctxext.rope.families import text_config
+
+
+class EvaluationReporter(Protocol):
+    """Shows an evaluation while it runs."""
+
+    def evaluation(self, title: str, samples: list[Sample]) -> AbstractContextManager[Callable[[SampleResult], None]]:
+        """Yields the function to call with every finished sample."""
+
+
+def evaluation_identity(suite: Suite, model: Any, weights: dict[str, Any]) -> dict[str, Any]:
+    """What determines the answers. The grid does not: a wider grid reuses the samples it shares."""
+    return {
+        "weights": weights,
+        "rope_parameters": text_config(model.config).rope_parameters,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "wording": suite.wording,
+        "haystack": suite.haystack,
+        "haystack_sha256": load_haystack(suite.haystack).sha256,
+        "seed": suite.seed,
+        "max_new_tokens": suite.max_new_tokens,
+        "metric": NUMBER_MATCH,
+    }
+
+
+def evaluate_arm(
+    model: Any,
+    tokenizer: Any,
+    suite: Suite,
+    *,
+    folder: Path,
+    title: str,
+    original_length: int,
+    target_length: int,
+    weights: dict[str, Any],
+    facts: dict[str, Any],
+    reporter: EvaluationReporter,
+    check_stop: Callable[[], None],
+) -> list[SampleResult]:
+    """Answer every sample of `suite` that is not stored in `folder` yet.
+
+    Args:
+        weights: what identifies the weights (source, plan, arm); stored samples of other weights are refused.
+        facts: further facts for `run.json`.
+        check_stop: called between samples; raises where a signal asked to stop.
+
+    Raises:
+        ArtefactError: the folder belongs to another evaluation.
+        UsageError: a length that the haystack or the task cannot serve.
+    """
+    samples = resolve_samples(suite, original_length, target_length)
+    reader = HaystackReader(load_haystack(suite.haystack), lambda text: encode_plain(tokenizer, text))
+    builder = PromptBuilder(tokenizer, reader, suite.wording, suite.seed)
+    store = SampleStore(folder, evaluation_identity(suite, model, weights), facts)
+    with reporter.evaluation(title, samples) as on_sample:
+
+        def finished(result: SampleResult) -> None:
+            on_sample(result)
+            check_stop()
+
+        evaluate_samples(Answerer(model, tokenizer), builder, suite, samples, store, finished)
+    wanted = {sample.sample_id for sample in samples}
+    return [result for result in store.results.values() if result.sample_id in wanted]

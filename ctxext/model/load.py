@@ -1,0 +1,258 @@
+"""Load a model from the hub, a folder or a GGUF file, with its config extended before any weight is read."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as hf_logging
+
+from ctxext.errors import ArtefactError, CtxextError, UnsupportedModelError
+
+_PACKAGE_PREFIX = "package:"
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from, resolved.
+
+    Attributes:
+        name: as the user wrote it; goes into artefacts, so that they name no path of this machine for packages.
+        location: hub id or folder that transformers reads.
+        gguf_file: file name inside `location` when the weights are a GGUF file.
+        revision: hub revision.
+    """
+
+    name: str
+    location: str
+    gguf_file: str | None = None
+    revision: str | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments for transformers' `from_pretrained`."""
+        arguments: dict[str, Any] = {"trust_remote_code": False}
+        if self.gguf_file:
+            arguments["gguf_file"] = self.gguf_file
+        if self.revision:
+            arguments["revision"] = self.revision
+        return arguments
+
+
+def resolve_source(name: str, revision: str | None = None) -> ModelSource:
+    """Find what `name` means: `package:NAME/FILE`, a GGUF file, a folder, or else a hub id.
+
+    Raises:
+        ArtefactError: the package or file is not there.
+    """
+    path = Path(name).expanduser()
+    if name.startswith(_PACKAGE_PREFIX):
+        path = _package_file(name)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ArtefactError("GGUF file not found", where=name)
+        return ModelSource(name, str(path.parent), gguf_file=path.name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ArtefactError("the folder holds no config.json, so it is not a model", where=name)
+        return ModelSource(name, str(path), revision=None)
+    if name.startswith((_PACKAGE_PREFIX, "/", "./", "../", "~")) or name.count("/") > 1 or path.is_file():
+        raise ArtefactError(
+            "model not found",
+            where=name,
+            expected="a hub id, a folder with config.json, a .gguf file or package:NAME/FILE",
+        )
+    return ModelSource(name, name, revision=revision)
+
+
+def _package_file(name: str) -> Path:
+    package, separator, inside = name.removeprefix(_PACKAGE_PREFIX).partition("/")
+    if not separator or not inside:
+        raise ArtefactError("a package source has the form package:NAME/FILE", where="model.source", got=name)
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise ArtefactError(
+            "the Python package is not installed",
+            where=name,
+            got=package,
+            hint=f"Install the distribution that provides '{package}'.",
+        )
+    root = Path(spec.submodule_search_locations[0]).resolve()
+    path = (root / inside).resolve()
+    if not path.is_relative_to(root) or not path.exists():
+        raise ArtefactError("the package holds no such file", where=name, got=inside)
+    return path
+
+
+def load_config(source: ModelSource) -> PreTrainedConfig:
+    """The model's config alone; no weights.
+
+    Raises:
+        ArtefactError: not reachable or not readable.
+        UnsupportedModelError: it asks for code from the model's repository.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source.location, **source.arguments())
+    except CtxextError:
+        raise
+    except ValueError as error:
+        if "trust_remote_code" in str(error):
+            raise UnsupportedModelError(
+                "the model brings its own Python code, which ctxext does not run",
+                where=source.name,
+                hint="Use a model that transformers supports natively.",
+            ) from error
+        raise ArtefactError(f"could not read the model's config ({_first_line(error)})", where=source.name) from error
+    except Exception as error:  # transformers raises OSError, KeyError, struct errors ... for one thing: unreadable
+        raise ArtefactError(
+            f"could not read the model's config ({_first_line(error)})",
+            where=source.name,
+            hint="Check the name, and the connection to the hub if it is a hub id.",
+        ) from error
+    return plain_config(config)
+
+
+def plain_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A copy without traces of the container that the weights came in (GGUF quantisation, machine paths)."""
+    plain = copy.deepcopy(config)
+    if _is_gguf(plain):
+        del plain.quantization_config
+    for attribute in ("_model_name_or_path",):
+        plain.__dict__.pop(attribute, None)
+    plain.name_or_path = ""
+    return plain
+
+
+def _is_gguf(config: PreTrainedConfig) -> bool:
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
+        return False
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+    return str(getattr(method, "value", method)) == "gguf"
+
+
+def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
+    """The model's tokenizer.
+
+    Raises:
+        ArtefactError: missing or unreadable.
+    """
+    try:
+        with quiet():
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.location, **source.arguments())
+    except Exception as error:  # as in load_config
+        raise ArtefactError(
+            f"could not read the model's tokenizer ({_first_line(error)})", where=source.name
+        ) from error
+    return tokenizer
+
+
+def load_model(
+    source: ModelSource,
+    config: PreTrainedConfig,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    attention: str = "sdpa",
+) -> PreTrainedModel:
+    """Build the model from `config` (extended or not) and the source's weights, on `device`, in eval mode.
+
+    Rotary frequencies stay float32 whatever `dtype` is. The config is copied, because loading mutates it.
+
+    Raises:
+        ArtefactError: weights missing, truncated, or not all used.
+    """
+    try:
+        with quiet():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                source.location,
+                config=copy.deepcopy(config),
+                dtype=dtype,
+                attn_implementation=attention,
+                output_loading_info=True,
+                **source.arguments(),
+            )
+    except CtxextError:
+        raise
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # safetensors, OSError, RuntimeError ... for one thing: the weights cannot be read
+        raise ArtefactError(f"could not load the model's weights ({_first_line(error)})", where=source.name) from error
+    missing = sorted(key for key in report["missing_keys"] if key != "lm_head.weight")
+    if missing:
+        raise ArtefactError(
+            "the checkpoint lacks weights that the model needs",
+            where=source.name,
+            got=", ".join(missing[:3]),
+        )
+    if source.gguf_file:
+        _forget_gguf(model)
+    model.to(device)
+    model.eval()
+    return model
+
+
+def _forget_gguf(model: PreTrainedModel) -> None:
+    # The weights are dequantised already, yet transformers marks the model as quantised and refuses to save it.
+    model.config = plain_config(model.config)
+    for attribute in ("hf_quantizer", "quantization_method", "is_quantized"):
+        if attribute in model.__dict__:
+            delattr(model, attribute)
+
+
+def choose_device() -> torch.device:
+    """The accelerator that PyTorch sees, else the CPU."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return torch.device(accelerator.type) if accelerator is not None else torch.device("cpu")
+
+
+def choose_dtype(asked: str, device: torch.device) -> torch.dtype:
+    """`auto`: bfloat16 on a CUDA device that has it, float32 elsewhere (CPUs emulate bfloat16, mostly slowly).
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if asked == "float32":
+        return torch.float32
+    if asked == "bfloat16":
+        return torch.bfloat16
+    if asked != "auto":
+        raise ValueError(f"unknown dtype {asked!r}")
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence transformers' and peft's progress bars and warnings; what matters is checked and raised."""
+    verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity(logging.ERROR)
+    hf_logging.disable_progress_bar()
+    try:
+        with redirect_stderr(io.StringIO()), warnings.catch_warnings():  # GGUF conversion has a bar of its own
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__

@@ -1,0 +1,70 @@
+"""`ctxext eval`: one model, one suite, one folder of samples and pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ctxext.errors import UsageError
+from ctxext.evaluation.conclusions import Arm
+from ctxext.evaluation.report import ReportFacts, write_report
+from ctxext.evaluation.run import evaluate_arm
+from ctxext.evaluation.suite import load_suite
+from ctxext.files import read_json
+from ctxext.model.load import choose_device, choose_dtype, load_config, load_model, load_tokenizer, resolve_source
+from ctxext.pipeline.reporter import Reporter
+from ctxext.pipeline.run_folder import environment_facts
+from ctxext.rope.families import text_config
+from ctxext.rope.verify import verify_positions
+from ctxext.train.signals import StopRequest
+
+
+def evaluate_model(
+    name: str, *, suite: str, output: str | None, revision: str | None, dtype: str, reporter: Reporter
+) -> Path:
+    """Evaluate a model as it is and return the page.
+
+    Raises:
+        CtxextError: model or suite missing, a length out of reach of the haystack, an output folder of something else.
+    """
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise UsageError("unknown dtype", where="--dtype", got=dtype, expected="auto, float32 or bfloat16")
+    asked = load_suite(suite)
+    source = resolve_source(name, revision)
+    config = load_config(source)
+    text = text_config(config)
+    reach = int(text.max_position_embeddings)
+    original = int((getattr(text, "rope_parameters", None) or {}).get("original_max_position_embeddings") or reach)
+    stem = source.name.removeprefix("package:").rstrip("/").split("/")[-1].removesuffix(".gguf")
+    folder = Path(output) if output else Path("runs") / f"eval-{stem}-{Path(suite).stem}"
+    device = choose_device()
+    model = load_model(source, config, dtype=choose_dtype(dtype, device), device=device)
+    if getattr(text, "rope_parameters", None):
+        reporter.info(verify_positions(model, config).summary())
+    environment = environment_facts(str(device), str(model.dtype).removeprefix("torch."))
+    with StopRequest() as stop:
+        samples = evaluate_arm(
+            model,
+            load_tokenizer(source),
+            asked,
+            folder=folder,
+            title=source.name,
+            original_length=original,
+            target_length=reach,
+            weights={"source": source.name, "revision": revision},
+            facts={"arm": "base", "environment": environment},
+            reporter=reporter,
+            check_stop=lambda: stop.check("finished samples are saved"),
+        )
+    arm = Arm(name="base", label=stem, recorded=False, samples=samples, run=read_json(folder / "run.json"))
+    facts = ReportFacts(
+        title=f"{stem}: retrieval by position",
+        model=source.name,
+        method="as it is",
+        original_length=original,
+        target_length=reach,
+        windows="none (nothing was trained)",
+        suite={"name": suite, **asked.model_dump(mode="json")},
+        plan_id="-",
+        environment=environment,
+    )
+    return write_report(folder / "report", facts, [arm])

@@ -1,0 +1,47 @@
+"""From what stands on the command line to a checked recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ctxext.errors import UsageError
+from ctxext.planning.plan import length_checks, suite_check
+from ctxext.recipe.load import (
+    apply_overrides,
+    default_document,
+    find_shipped,
+    read_document,
+    shipped_names,
+    validate_document,
+)
+from ctxext.recipe.schema import Recipe
+
+
+def recipe_of(
+    what: str, overrides: Sequence[str], target_length: int | None = None, method: str | None = None
+) -> Recipe:
+    """The recipe that `what` names, or defaults for the model that it names.
+
+    Raises:
+        RecipeError: everything that is wrong, contradictions with the model's config included.
+        UsageError: a model without a target length.
+    """
+    is_recipe = what.endswith((".yaml", ".yml")) or (what in shipped_names("recipes") and not Path(what).is_dir())
+    if is_recipe:
+        settings = list(overrides)
+        if target_length is not None:
+            settings.append(f"target_length={target_length}")
+        if method is not None:
+            settings.append(f"rope.method={method}")
+        document = apply_overrides(read_document(find_shipped(what, "recipes", "recipe")), settings)
+    else:
+        if target_length is None:
+            raise UsageError(
+                "a model needs --target-length",
+                where="command line",
+                got=what,
+                expected=f"a shipped recipe ({', '.join(shipped_names('recipes'))}), a .yaml file, or a model with --target-length N",
+            )
+        document = default_document(what, target_length, overrides, method or "yarn")
+    return validate_document(document, Recipe, [length_checks, suite_check])

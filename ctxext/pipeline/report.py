@@ -1,0 +1,175 @@
+"""Everything a report shows, gathered from a run folder alone; and recorded runs to stand beside it."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ctxext.errors import ArtefactError, unknown_name
+from ctxext.evaluation.conclusions import Arm
+from ctxext.evaluation.haystack import load_haystack
+from ctxext.evaluation.report import ReportFacts, write_report
+from ctxext.evaluation.store import load_samples
+from ctxext.files import directory_atomic, read_json, shipped_directory, write_json_atomic
+from ctxext.pipeline.run_folder import RunFolder
+from ctxext.recipe.schema import Recipe
+
+_ORDER = ("base", "untrained", "control", "extended")
+
+
+def arm_labels(method: str) -> dict[str, str]:
+    """What each arm is called in pictures and sentences."""
+    return {
+        "base": "base model",
+        "untrained": f"{method}, untrained",
+        "control": "control: same training, no rewrite",
+        "extended": f"{method}, trained",
+    }
+
+
+def arms_of_run(run: RunFolder, method: str) -> list[Arm]:
+    """The arms that a run has evaluated."""
+    labels = arm_labels(method)
+    arms = []
+    for name in _ORDER:
+        folder = run.evaluation(name)
+        samples = load_samples(folder)
+        if samples:
+            arms.append(
+                Arm(name=name, label=labels[name], recorded=False, samples=samples, run=read_json(folder / "run.json"))
+            )
+    return arms
+
+
+def recorded_arms(name: str) -> tuple[list[Arm], dict[str, Any]]:
+    """The arms and facts of a baseline that ships with ctxext.
+
+    Raises:
+        UsageError: no such baseline.
+    """
+    root = shipped_directory("evals") / "baselines"
+    folder = root / name
+    if not (folder / "baseline.json").is_file():
+        raise unknown_name("recorded baseline", name, [path.parent.name for path in root.glob("*/baseline.json")])
+    facts = read_json(folder / "baseline.json")
+    labels = arm_labels(facts["method"])
+    arms = [
+        Arm(
+            name=arm,
+            label=labels[arm],
+            recorded=True,
+            samples=load_samples(folder / arm),
+            run=read_json(folder / arm / "run.json"),
+        )
+        for arm in _ORDER
+        if (folder / arm / "samples.jsonl").is_file()
+    ]
+    return arms, facts
+
+
+def report_run(run: RunFolder) -> Path:
+    """Draw everything again from the samples and return the page.
+
+    Raises:
+        ArtefactError: no run here, or nothing evaluated yet.
+    """
+    recipe = run.recipe()
+    facts, arms = gather(run, recipe)
+    if not any(not arm.recorded for arm in arms):
+        raise ArtefactError("nothing has been evaluated in this run yet", where=str(run.path))
+    return write_report(run.report, facts, arms)
+
+
+def gather(run: RunFolder, recipe: Recipe) -> tuple[ReportFacts, list[Arm]]:
+    """Facts and arms of a run, recorded arms included."""
+    plan = read_json(run.path / "plan.json")
+    arms = arms_of_run(run, recipe.rope.method)
+    notes: list[str] = []
+    if recipe.evaluation.recorded:
+        recorded, baseline = recorded_arms(recipe.evaluation.recorded)
+        arms += recorded
+        notes.append(_recorded_note(recipe.evaluation.recorded, baseline))
+    if recipe.data.facts and recipe.data.facts.style == "passkey":
+        notes.append(
+            "Training used the evaluation's own wording and kind of text: this run demonstrates the method on a tiny model, "
+            "it does not measure generalisation."
+        )
+    windows = f"{plan['window_mode']} windows of {plan['window_tokens']} tokens, {plan['windows_per_step']} a step, {plan['steps']} steps"
+    facts = ReportFacts(
+        title=f"{plan['model'].split('/')[-1]}: {plan['original_length']} to {plan['target_length']} tokens",
+        model=plan["model"],
+        method=f"{recipe.rope.method}, factor {plan['factor']:g}",
+        original_length=plan["original_length"],
+        target_length=plan["target_length"],
+        windows=windows,
+        suite=plan["suite"],
+        plan_id=plan["plan_id"],
+        model_description=recipe.model.description,
+        facts_share=plan["facts_share"] or None,
+        facts_style=recipe.data.facts.style if recipe.data.facts else None,
+        seconds=run.status()["stages"],
+        environment=read_json(run.path / "environment.json"),
+        notes=notes,
+        target_reached=True if run.adapter.is_dir() else None,
+    )
+    return facts, arms
+
+
+def _recorded_note(name: str, baseline: dict[str, Any]) -> str:
+    note = (
+        f"Recorded arms: {name}, made on {baseline['hardware']} with Python {baseline['python']} by `{baseline['command']}`; "
+        f"they were not run on this machine."
+    )
+    haystack = load_haystack(baseline["haystack"])
+    if haystack.sha256 != baseline["haystack_sha256"]:
+        note += (
+            " This Python's documentation differs from the recorded haystack, so the recorded prompts are not the ones "
+            "of this run."
+        )
+    return note
+
+
+def record_baseline(run: RunFolder, destination: Path, *, command: str, hardware: str) -> Path:
+    """Copy a run's samples, results and heatmaps into a baseline folder.
+
+    Raises:
+        ArtefactError: the destination exists, or nothing was evaluated.
+    """
+    recipe = run.recipe()
+    arms = arms_of_run(run, recipe.rope.method)
+    if not arms:
+        raise ArtefactError("nothing has been evaluated in this run yet", where=str(run.path))
+    plan, environment = read_json(run.path / "plan.json"), read_json(run.path / "environment.json")
+    haystack = load_haystack(plan["suite"]["haystack"])
+    with directory_atomic(destination) as partial:
+        for arm in arms:
+            source = run.evaluation(arm.name)
+            (partial / arm.name).mkdir()
+            for name in ("run.json", "samples.jsonl", "results.json"):
+                shutil.copyfile(source / name, partial / arm.name / name)
+        shutil.copyfile(run.path / "recipe.yaml", partial / "recipe.yaml")
+        facts, _ = gather(run, recipe)
+        live = write_report(partial / "report", replace(facts, notes=[]), arms)
+        live.unlink()
+        for picture in partial.glob("report/*"):
+            picture.rename(partial / picture.name)
+        (partial / "report").rmdir()
+        write_json_atomic(
+            partial / "baseline.json",
+            {
+                "command": command,
+                "hardware": hardware,
+                "python": environment["python"],
+                "packages": environment["packages"],
+                "method": recipe.rope.method,
+                "plan_id": plan["plan_id"],
+                "original_length": plan["original_length"],
+                "target_length": plan["target_length"],
+                "haystack": haystack.name,
+                "haystack_sha256": haystack.sha256,
+                "seconds": run.status()["stages"],
+            },
+        )
+    return destination

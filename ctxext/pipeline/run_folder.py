@@ -1,0 +1,158 @@
+"""A run folder describes itself: recipe, plan, environment, status, and where every stage puts its results."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ctxext.errors import ArtefactError, UsageError
+from ctxext.files import read_json, remove_partials, write_json_atomic, write_text_atomic
+from ctxext.recipe.load import parse_document, validate_document
+from ctxext.recipe.schema import Recipe
+
+_PACKAGES = (
+    "ctxext",
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "datasets",
+    "evaluate",
+    "tokenizers",
+    "safetensors",
+)
+
+
+class RunFolder:
+    """Paths and small files of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def adapter(self) -> Path:
+        """LoRA weights with the extended config."""
+        return self.path / "adapter"
+
+    @property
+    def merged(self) -> Path:
+        """The plain checkpoint."""
+        return self.path / "merged"
+
+    @property
+    def report(self) -> Path:
+        """Heatmaps and page."""
+        return self.path / "report"
+
+    @property
+    def control(self) -> Path:
+        """The control arm's own metrics, checkpoints and adapter."""
+        return self.path / "control"
+
+    def evaluation(self, arm: str) -> Path:
+        """Samples of one arm; the design's names `before` and `after` for base and extended."""
+        return self.path / "eval" / {"base": "before", "extended": "after"}.get(arm, arm)
+
+    def open(self, recipe: Recipe, plan: dict[str, Any], environment: dict[str, Any]) -> bool:
+        """Create the folder or recognise an interrupted run of the same plan; true when resuming.
+
+        Raises:
+            UsageError: the folder holds a run of another plan.
+        """
+        stored_path = self.path / "plan.json"
+        resuming = stored_path.exists()
+        if resuming:
+            stored = read_json(stored_path)
+            if stored.get("plan_id") != plan["plan_id"]:
+                differing = sorted(key for key in plan if stored.get(key) != plan[key] and key != "plan_id")
+                raise UsageError(
+                    "the folder holds a run of another plan",
+                    where=str(self.path),
+                    got=", ".join(differing) or "another data seed or setting",
+                    expected="the same recipe",
+                    hint="Choose another output_dir=, or remove the folder to start over.",
+                )
+            remove_partials(self.path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_text_atomic(self.path / "recipe.yaml", recipe_yaml(recipe))
+        write_json_atomic(stored_path, plan)
+        if not (self.path / "environment.json").exists():
+            write_json_atomic(self.path / "environment.json", environment)
+        return resuming
+
+    def recipe(self) -> Recipe:
+        """The stored recipe.
+
+        Raises:
+            ArtefactError: no run here.
+        """
+        path = self.path / "recipe.yaml"
+        if not path.is_file():
+            raise ArtefactError("not a run folder (it has no recipe.yaml)", where=str(self.path))
+        return validate_document(parse_document(path.read_text(encoding="utf-8"), str(path)), Recipe)
+
+    def status(self) -> dict[str, Any]:
+        """`status.json`, or an empty start."""
+        path = self.path / "status.json"
+        stored: dict[str, Any] = read_json(path) if path.exists() else {"stages": {}}
+        return stored
+
+    def stage_finished(self, stage: str, seconds: float) -> None:
+        """Record a finished stage; times of interrupted tries add up."""
+        status = self.status()
+        status["stages"][stage] = round(status["stages"].get(stage, 0.0) + seconds, 1)
+        self._write_status(status)
+
+    def ended(self, exit_code: int, reason: str) -> None:
+        """Record how the command ended: launchers flatten exit codes, this file does not."""
+        status = self.status()
+        status.update(exit_code=exit_code, reason=reason, time=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+        self._write_status(status)
+
+    def _write_status(self, status: dict[str, Any]) -> None:
+        write_json_atomic(self.path / "status.json", status)
+
+
+def recipe_yaml(recipe: Recipe) -> str:
+    """A recipe as YAML with every default written out."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def environment_facts(device: str, dtype: str) -> dict[str, Any]:
+    """Versions and machine, without anything that identifies it."""
+    import torch
+
+    facts: dict[str, Any] = {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": device,
+        "dtype": dtype,
+        "num_threads": torch.get_num_threads(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+    }
+    if device.startswith("cuda"):
+        facts["accelerator"] = torch.cuda.get_device_name()
+    return facts
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def peak_memory_bytes() -> int | None:
+    """Largest resident memory of this process so far; None where the system does not say."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,64 @@
+"""What a command prints at its end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.syntax import Syntax
+
+from ctxext.evaluation.report import terminal_table
+from ctxext.files import format_bytes
+from ctxext.model.load import choose_device, choose_dtype
+from ctxext.pipeline.console import ConsoleReporter, duration
+from ctxext.pipeline.extend import output_folder
+from ctxext.pipeline.report import gather, record_baseline, report_run
+from ctxext.pipeline.run_folder import RunFolder, peak_memory_bytes, recipe_yaml
+from ctxext.planning.cost import estimated_seconds, measured_flops_per_second
+from ctxext.planning.plan import make_plan
+from ctxext.recipe.schema import Recipe
+
+
+def print_summary(console: Console, folder: Path) -> None:
+    """Table of arms, conclusions, and where everything is."""
+    run = RunFolder(folder)
+    facts, arms = gather(run, run.recipe())
+    table, sentences = terminal_table(arms, facts)
+    console.print()
+    console.print(table)
+    for sentence in sentences:
+        console.print(f"- {sentence}", markup=False)
+    total = sum(run.status()["stages"].values())
+    peak = peak_memory_bytes()
+    memory = f", peak memory {format_bytes(peak)}" if peak else ""
+    console.print(f"\nTime: {duration(total)}{memory}", markup=False)
+    console.print(f"Merged checkpoint: {run.merged}", markup=False, soft_wrap=True)
+    console.print(f"Report: {run.report / 'index.html'}", markup=False, soft_wrap=True)
+
+
+def print_plan(reporter: ConsoleReporter, recipe: Recipe) -> None:
+    """The recipe with every default, and the plan."""
+    plan = make_plan(recipe)
+    device = choose_device()
+    speed = measured_flops_per_second(device, choose_dtype(recipe.model.dtype, device))
+    trainings = 1 + recipe.evaluation.control
+    reporter.console.print(Syntax(recipe_yaml(recipe).rstrip(), "yaml", background_color="default"))
+    reporter.plan(
+        plan, estimated_seconds(plan.evaluation_flops + trainings * plan.train_flops, speed), str(output_folder(recipe))
+    )
+
+
+def print_report(reporter: ConsoleReporter, folder: Path, record: Path | None, *, command: str, hardware: str) -> None:
+    """Redraw a run's report, and record it as a baseline when asked."""
+    run = RunFolder(folder)
+    page = report_run(run)
+    facts, arms = gather(run, run.recipe())
+    table, sentences = terminal_table(arms, facts)
+    reporter.console.print(table)
+    for sentence in sentences:
+        reporter.console.print(f"- {sentence}", markup=False)
+    reporter.console.print(f"Report: {page}", markup=False, soft_wrap=True)
+    if record is not None:
+        reporter.console.print(
+            f"Recorded: {record_baseline(run, record, command=command, hardware=hardware)}", markup=False
+        )

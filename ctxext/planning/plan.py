@@ -1,0 +1,230 @@
+"""Recipe + base config -> plan: every derived number, before any weight is loaded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from transformers import AutoModelForCausalLM
+
+from ctxext.errors import CtxextError
+from ctxext.evaluation.suite import Sample, Suite, load_suite, resolve_samples
+from ctxext.files import fingerprint
+from ctxext.model.load import load_config, resolve_source
+from ctxext.model.lora import add_lora, num_trainable
+from ctxext.planning.cost import ModelShape
+from ctxext.recipe.load import KeyPath
+from ctxext.recipe.schema import ModelBlock, Recipe
+from ctxext.rope.families import base_ropes, text_config
+from ctxext.rope.methods import AnyRopeMethod, RopeMethod
+from ctxext.rope.patchers import apply_method
+
+_FLOAT32_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every number that a run follows.
+
+    Attributes:
+        arms: names of the evaluated arms, in order.
+        prefill_tokens: prompt tokens of one arm's evaluation.
+        train_flops, evaluation_flops: of one training, and of all arms' evaluations.
+        trainable_bytes: LoRA weights, gradients and both AdamW moments in float32.
+        cache_bytes: KV cache of the longest evaluated prompt, in float32.
+        plan_id: hash of everything that changes results.
+    """
+
+    plan_id: str
+    model: str
+    model_type: str
+    original_length: int
+    target_length: int
+    factor: float
+    method: str
+    rope_parameters: dict[str, Any]
+    attention_factor: float
+    num_parameters: int
+    num_trainable: int
+    window_mode: str
+    window_tokens: int
+    windows_per_step: int
+    steps: int
+    train_tokens: int
+    facts_share: float
+    activation_checkpointing: bool
+    arms: list[str]
+    suite: dict[str, Any]
+    num_samples: int
+    prefill_tokens: int
+    longest_prompt: int
+    train_flops: float
+    evaluation_flops: float
+    trainable_bytes: int
+    cache_bytes: int
+    merged_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """For `plan.json`."""
+        return asdict(self)
+
+
+def arms_of(recipe: Recipe) -> list[str]:
+    """Which arms the run evaluates, in order."""
+    evaluation = recipe.evaluation
+    arms = ["base"] if evaluation.before else []
+    arms += ["untrained"] if evaluation.untrained else []
+    arms += ["extended" if recipe.rope.method != "none" else "control"]
+    arms += ["control"] if evaluation.control else []
+    return arms
+
+
+def make_plan(recipe: Recipe) -> Plan:
+    """Derive every number; reads the model's config and no weights.
+
+    Raises:
+        CtxextError: whatever is wrong with model, method, lengths or suite.
+    """
+    source = resolve_source(recipe.model.source, recipe.model.revision)
+    config = load_config(source)
+    (base,) = base_ropes(config)
+    method: RopeMethod = recipe.rope.resolved(base.original_length, recipe.target_length)
+    extended = apply_method(config, recipe.rope, recipe.target_length)
+    suite = load_suite(recipe.evaluation.suite)
+    samples = resolve_samples(suite, base.original_length, recipe.target_length)
+    text = text_config(config)
+    counts = _count_parameters(config, recipe)
+    window_tokens = recipe.data.windows.length or recipe.target_length
+    checkpointing = recipe.train.uses_activation_checkpointing(window_tokens)
+    shape = ModelShape(counts.matrices, text.num_hidden_layers, _attention_width(text))
+    train_tokens = recipe.train.steps * recipe.train.windows_per_step * window_tokens
+    arms = arms_of(recipe)
+    # Only what changes results: where the run is written, how often it saves and what else is evaluated do not.
+    decisive = recipe.model_dump(mode="json")
+    for block, key in (("train", "checkpoint_every"), ("train", "keep_checkpoints"), ("train", "trackers")):
+        decisive[block].pop(key)
+    for key in ("output_dir", "evaluation"):
+        decisive.pop(key)
+    return Plan(
+        plan_id=fingerprint(
+            {"recipe": decisive, "config": text_config(extended).to_dict().get("rope_parameters"), "base": base.theta}
+        ),
+        model=recipe.model.source,
+        model_type=str(text.model_type),
+        original_length=base.original_length,
+        target_length=recipe.target_length,
+        factor=recipe.target_length / base.original_length,
+        method=method.method,
+        rope_parameters=text_config(extended).rope_parameters,
+        attention_factor=method.attention_multiplier(),
+        num_parameters=counts.total,
+        num_trainable=counts.trainable,
+        window_mode=recipe.data.windows.mode,
+        window_tokens=window_tokens,
+        windows_per_step=recipe.train.windows_per_step,
+        steps=recipe.train.steps,
+        train_tokens=train_tokens,
+        facts_share=recipe.data.facts.share if recipe.data.facts else 0.0,
+        activation_checkpointing=checkpointing,
+        arms=arms,
+        suite={"name": recipe.evaluation.suite, **suite.model_dump(mode="json")},
+        num_samples=len(samples),
+        prefill_tokens=sum(sample.cell.length_tokens for sample in samples),
+        longest_prompt=max(sample.cell.length_tokens for sample in samples),
+        train_flops=train_tokens / window_tokens * shape.train_flops(window_tokens, checkpointing),
+        evaluation_flops=len(arms) * evaluation_flops(shape, samples),
+        trainable_bytes=counts.trainable * 4 * _FLOAT32_BYTES,
+        cache_bytes=cache_bytes(text, max(sample.cell.length_tokens for sample in samples), _FLOAT32_BYTES),
+        merged_bytes=counts.total * _FLOAT32_BYTES,
+    )
+
+
+def evaluation_flops(shape: ModelShape, samples: list[Sample]) -> float:
+    """Prefill cost of all samples of one arm."""
+    return sum(shape.prefill_flops(sample.cell.length_tokens) for sample in samples)
+
+
+def cache_bytes(text: Any, num_tokens: int, dtype_bytes: int) -> int:
+    """KV cache: 2 x layers x KV heads x head_dim x bytes x tokens."""
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    num_kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    return int(2 * text.num_hidden_layers * num_kv_heads * head_dim * dtype_bytes * num_tokens)
+
+
+def _attention_width(text: Any) -> int:
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return int(text.num_attention_heads * head_dim)
+
+
+@dataclass(frozen=True)
+class _Counts:
+    total: int
+    trainable: int
+    matrices: int
+
+
+def _count_parameters(config: Any, recipe: Recipe) -> _Counts:
+    """Counted on the real architecture, built without memory on the meta device."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+        total = sum(parameter.numel() for parameter in model.parameters())
+        embeddings = model.get_input_embeddings().weight.numel()
+        tied = bool(getattr(text_config(config), "tie_word_embeddings", False))
+        # The output embedding multiplies every token, the input embedding only looks rows up.
+        matrices = total if tied else total - embeddings
+        trainable = num_trainable(add_lora(model, recipe.lora, seed=0))
+    return _Counts(total, trainable, matrices)
+
+
+def length_checks(values: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:
+    """What can be wrong between recipe and model: checked on plain values, so that it is reported with everything else.
+
+    Yields `(key path, message)`; stays silent about values that the schema itself refuses.
+    """
+    target = values.get("target_length")
+    try:
+        block = TypeAdapter(ModelBlock).validate_python(values.get("model"))
+        method: RopeMethod = TypeAdapter(AnyRopeMethod).validate_python(values.get("rope", {"method": "yarn"}))
+    except ValidationError:
+        return
+    if not isinstance(target, int) or isinstance(target, bool) or target < 1:
+        return
+    try:
+        config = load_config(resolve_source(block.source, block.revision))
+        (base,) = base_ropes(config)
+    except CtxextError as error:
+        yield ("model", "source"), str(error)
+        return
+    if target <= base.original_length:
+        yield (
+            ("target_length",),
+            f"{target} is not above the model's original length {base.original_length}; the model reaches it without extension",
+        )
+    implied = target / base.original_length
+    if method.factor is not None and not math.isclose(method.factor, implied, rel_tol=1e-6):
+        yield (
+            ("rope", "factor"),
+            f"{method.factor:g} contradicts target_length {target} / original length {base.original_length} = {implied:g}; "
+            "leave rope.factor out, it is derived",
+        )
+
+
+def suite_check(values: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:
+    """The named suite exists and is valid."""
+    evaluation = values.get("evaluation")
+    name = evaluation.get("suite") if isinstance(evaluation, dict) else None
+    if isinstance(name, str):
+        try:
+            load_suite(name)
+        except CtxextError as error:
+            yield ("evaluation", "suite"), str(error)
+
+
+def suite_of(plan: Plan) -> Suite:
+    """The suite that a plan was made with."""
+    values = {key: value for key, value in plan.suite.items() if key != "name"}
+    return Suite.model_validate(values)

@@ -1,0 +1,190 @@
+"""What a user can ask for: the strict, frozen recipe. Declarative; nothing in it names code to run."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from ctxext.rope.methods import AnyRopeMethod, Yarn
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveInt = Annotated[int, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+_CHECKPOINTING_ABOVE_TOKENS = 4096
+
+
+class _Block(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class ModelBlock(_Block):
+    """Which model.
+
+    Attributes:
+        source: hub id, folder, GGUF file, or `package:NAME/FILE` for a file inside an installed Python package.
+        revision: hub branch, tag or commit.
+        dtype: of the loaded weights; `auto` is bfloat16 on an accelerator that has it and float32 elsewhere.
+        description: what readers of the report should know about this model.
+    """
+
+    source: Annotated[str, Field(min_length=1)]
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    description: str | None = None
+
+
+class WindowsBlock(_Block):
+    """Training rows.
+
+    Attributes:
+        mode: `full-length` (every row spans the target length) or `skip-wise` (PoSE: short rows whose chunks lie far
+            apart in position; the low-resource mode).
+        length: tokens a row; the target length when left out (full-length only).
+        chunks: how many runs of consecutive positions a skip-wise row has.
+    """
+
+    mode: Literal["full-length", "skip-wise"] = "full-length"
+    length: PositiveInt | None = None
+    chunks: Annotated[int, Field(ge=2, le=16)] = 2
+
+    @model_validator(mode="after")
+    def _skip_wise_has_length(self) -> WindowsBlock:
+        if self.mode == "skip-wise" and self.length is None:
+            raise ValueError("skip-wise windows need windows.length (tokens a row)")
+        if self.mode == "full-length" and self.length is not None:
+            raise ValueError("full-length windows span target_length; leave windows.length out or use mode: skip-wise")
+        return self
+
+
+class SourceBlock(_Block):
+    """One source of training text.
+
+    Attributes:
+        kind: `python-stdlib` (docstrings and sources of this Python, without its documentation topics), `text` (files),
+            `generated-words` (seeded sentences of common words).
+        paths: files or glob patterns, for `text` only.
+        weight: share of the documents' tokens, relative to the other sources.
+    """
+
+    kind: Literal["python-stdlib", "text", "generated-words"]
+    paths: list[str] = []
+    weight: Annotated[float, Field(gt=0)] = 1.0
+
+    @model_validator(mode="after")
+    def _paths_belong_to_text(self) -> SourceBlock:
+        if (self.kind == "text") != bool(self.paths):
+            raise ValueError("kind: text needs paths, and only kind: text takes them")
+        return self
+
+
+class FactsBlock(_Block):
+    """Synthetic retrieval data mixed into training windows, declared because it trains retrieval, not extension.
+
+    Attributes:
+        share: share of the windows that carry facts and questions about them.
+        style: `records` (wordings, keys and values unlike every evaluation task) or `passkey` (the evaluation's own
+            wording; for the tiny demonstration model only).
+        per_window: facts in one such window, each asked once.
+    """
+
+    share: Share
+    style: Literal["records", "passkey"] = "records"
+    per_window: Annotated[int, Field(ge=1, le=8)] = 1
+
+
+class DataBlock(_Block):
+    """What is trained on."""
+
+    sources: Annotated[list[SourceBlock], Field(min_length=1)] = [SourceBlock(kind="python-stdlib")]
+    windows: WindowsBlock = WindowsBlock()
+    facts: FactsBlock | None = None
+    seed: Seed = 0
+
+
+class LoraBlock(_Block):
+    """Low-rank adaptation (Hu et al. 2021, arXiv:2106.09685) by peft."""
+
+    rank: PositiveInt = 16
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    targets: Literal["all-linear"] | list[str] = "all-linear"
+
+
+class TrainBlock(_Block):
+    """The optimisation.
+
+    Attributes:
+        steps: optimizer steps.
+        windows_per_step: global batch, over all processes and accumulation.
+        windows_per_device: windows in one forward pass.
+        warmup: share of the steps with rising learning rate, 0.01-0.05 (at least one step), then cosine to zero.
+        activation_checkpointing: `auto` turns it on above 4096 tokens a window.
+        checkpoint_every: steps between checkpoints; a tenth of the steps when left out.
+    """
+
+    steps: PositiveInt = 200
+    windows_per_step: PositiveInt = 8
+    windows_per_device: PositiveInt = 1
+    learning_rate: Annotated[float, Field(gt=0, lt=1)] = 2e-4
+    warmup: Annotated[float, Field(ge=0.01, le=0.05)] = 0.05
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    activation_checkpointing: Literal["auto"] | bool = "auto"
+    checkpoint_every: PositiveInt | None = None
+    keep_checkpoints: PositiveInt = 2
+    trackers: list[Literal["tensorboard"]] = ["tensorboard"]
+    seed: Seed = 0
+
+    def uses_activation_checkpointing(self, window_tokens: int) -> bool:
+        """What `auto` becomes for windows of this length."""
+        if self.activation_checkpointing == "auto":
+            return window_tokens > _CHECKPOINTING_ABOVE_TOKENS
+        return self.activation_checkpointing
+
+
+class EvaluationBlock(_Block):
+    """What is measured.
+
+    Attributes:
+        suite: name of a shipped suite or path of one.
+        before: also evaluate the base model before training.
+        untrained: also evaluate the extended model before training.
+        control: also train and evaluate the control arm (the same job without the RoPE rewrite).
+        recorded: name of a recorded baseline under evals/baselines that the report shows beside this run.
+    """
+
+    suite: str = "quick"
+    before: bool = True
+    untrained: bool = False
+    control: bool = False
+    recorded: str | None = None
+
+
+class Recipe(_Block):
+    """The whole job."""
+
+    model: ModelBlock
+    rope: AnyRopeMethod = Yarn()
+    target_length: PositiveInt
+    data: DataBlock = DataBlock()
+    lora: LoraBlock = LoraBlock()
+    train: TrainBlock = TrainBlock()
+    evaluation: EvaluationBlock = EvaluationBlock()
+    output_dir: str | None = None
+
+    @model_validator(mode="after")
+    def _window_fits_target(self) -> Recipe:
+        windows = self.data.windows
+        if windows.length is not None and windows.length > self.target_length:
+            raise ValueError(
+                f"data.windows.length ({windows.length}) exceeds target_length ({self.target_length}); use mode: full-length"
+            )
+        if self.rope.method == "none" and self.evaluation.control:
+            raise ValueError(
+                "evaluation.control asks for a control arm, but this recipe (rope.method: none) already is one"
+            )
+        if self.rope.method == "none" and self.evaluation.untrained:
+            raise ValueError("evaluation.untrained with rope.method: none would repeat the base model")
+        return self

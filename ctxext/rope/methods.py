@@ -1,0 +1,282 @@
+"""RoPE methods: one small class each; pure numbers, no torch.
+
+A method turns the base model's RoPE into exactly two things, a table of inverse frequencies and an attention
+factor, and knows how to write itself as a Hugging Face `rope_parameters` dict. Symbols: theta_i = b^(-2i/d) with
+base b and rotary dimension d, original length L, target length L', factor s = L'/L.
+
+Surprises: YaRN's ramp runs over [0, d/2) but is clamped at d - 1, not at d/2 - 1 (it matters as soon as the slow end
+of the ramp lies beyond the last frequency); YaRN's attention factor multiplies cos *and* sin, so attention logits
+change by its square.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from ctxext.errors import UsageError, unknown_name
+
+Float32Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class BaseRope:
+    """What a (group of) layer(s) of the base model rotates by.
+
+    Attributes:
+        theta: base b of the frequencies.
+        rotary_dim: how many dimensions d of a head are rotated; even.
+        original_length: positions L that the base model was trained for.
+        layer_type: key of the group in a nested `rope_parameters`, None when flat.
+        kept: entries of the base's rope dict that every extended dict keeps (`partial_rotary_factor`).
+    """
+
+    theta: float
+    rotary_dim: int
+    original_length: int
+    layer_type: str | None = None
+    kept: tuple[tuple[str, float], ...] = ()
+
+    def inv_freq(self) -> npt.NDArray[np.float64]:
+        """Unscaled inverse frequencies theta_i in float64, shape [rotary_dim / 2], radians per position."""
+        exponents = np.arange(0, self.rotary_dim, 2, dtype=np.float64) / self.rotary_dim
+        return np.asarray(self.theta ** (-exponents), dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class RopeTable:
+    """The two things that RoPE is made of.
+
+    Attributes:
+        inv_freq: radians per position, float32, shape [rotary_dim / 2].
+        attention_factor: multiplies cos and sin.
+    """
+
+    inv_freq: Float32Array
+    attention_factor: float
+
+
+class RopeMethod(BaseModel, ABC):
+    """A way of rewriting RoPE; parameters are validated fields, `factor` is derived when left out."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    summary: ClassVar[str]
+    when: ClassVar[str]
+    source: ClassVar[str]
+
+    method: str
+    factor: Annotated[float, Field(ge=1.0)] | None = None
+
+    @abstractmethod
+    def inv_freq(self, base: BaseRope) -> npt.NDArray[np.float64]:
+        """Rewritten inverse frequencies, float64, shape [rotary_dim / 2]."""
+
+    @abstractmethod
+    def rope_parameters(self, base: BaseRope) -> dict[str, Any]:
+        """The complete Hugging Face dict; never relies on a default that upstream derives from other keys."""
+
+    def attention_multiplier(self) -> float:
+        """What multiplies cos and sin; 1 unless the method says otherwise."""
+        return 1.0
+
+    def table(self, base: BaseRope) -> RopeTable:
+        """Frequencies and attention factor for `base`; needs a resolved factor."""
+        return RopeTable(self.inv_freq(base).astype(np.float32), self.attention_multiplier())
+
+    def resolved(self, original_length: int, target_length: int) -> Self:
+        """This method with its factor derived, or the given factor checked against the lengths.
+
+        Raises:
+            UsageError: target not above original, or factor and lengths disagree.
+        """
+        if target_length <= original_length:
+            raise UsageError(
+                "target_length must be above the model's original length",
+                where="target_length",
+                got=target_length,
+                expected=f"more than {original_length}",
+                hint="The model reaches that length without being extended.",
+            )
+        implied = target_length / original_length
+        if self.factor is not None and not math.isclose(self.factor, implied, rel_tol=1e-6):
+            raise UsageError(
+                "rope.factor contradicts target_length",
+                where="rope.factor",
+                got=self.factor,
+                expected=f"{implied:g} (target_length {target_length} / original length {original_length})",
+                hint="Leave rope.factor out; it is derived.",
+            )
+        return self.model_copy(update={"factor": implied})
+
+    def _factor(self) -> float:
+        assert self.factor is not None, "resolved() comes first"
+        return self.factor
+
+    def _common(self, base: BaseRope, rope_type: str) -> dict[str, Any]:
+        return {"rope_type": rope_type, "rope_theta": base.theta, **dict(base.kept)}
+
+
+class Linear(RopeMethod):
+    """Position interpolation (Chen et al. 2023, arXiv:2306.15595, eq. 4): every frequency divided by s.
+
+    Equal to feeding position m / s. Squeezes the fast dimensions too, so short range suffers until trained.
+    """
+
+    summary = "position interpolation: every frequency divided by the factor"
+    when = "simple and read by every program; needs training before it is any good"
+    source = "arXiv:2306.15595"
+
+    method: Literal["linear"] = "linear"
+
+    def inv_freq(self, base: BaseRope) -> npt.NDArray[np.float64]:
+        return base.inv_freq() / self._factor()
+
+    def rope_parameters(self, base: BaseRope) -> dict[str, Any]:
+        return {**self._common(base, "linear"), "factor": self._factor()}
+
+
+class Yarn(RopeMethod):
+    """YaRN (Peng et al. 2023, arXiv:2309.00071): interpolate only where the wavelength does not fit.
+
+    - A dimension that turns r times within L: i(r) = d ln(L / (2 pi r)) / (2 ln b)   (eq. 17, 18).
+    - Above `beta_fast` turns it keeps its frequency, below `beta_slow` it is divided by s, a linear ramp between (eq. 20).
+    - cos and sin are multiplied by 0.1 ln s + 1 (eq. 22, sqrt(1/t)).
+    """
+
+    summary = "frequencies that turn often are kept, slow ones interpolated, ramp between; attention sharpened"
+    when = "the default: works before training and trains fastest"
+    source = "arXiv:2309.00071"
+
+    method: Literal["yarn"] = "yarn"
+    beta_fast: Annotated[float, Field(gt=0)] = 32.0
+    beta_slow: Annotated[float, Field(gt=0)] = 1.0
+    attention_factor: Annotated[float, Field(gt=0)] | None = None
+    truncate: bool = True
+
+    @model_validator(mode="after")
+    def _betas_in_order(self) -> Self:
+        if self.beta_fast <= self.beta_slow:
+            raise ValueError(f"beta_fast ({self.beta_fast:g}) must be greater than beta_slow ({self.beta_slow:g})")
+        return self
+
+    def default_attention_factor(self) -> float:
+        """0.1 ln s + 1, what every reader derives by itself."""
+        return 0.1 * math.log(self._factor()) + 1.0
+
+    def attention_multiplier(self) -> float:
+        return self.default_attention_factor() if self.attention_factor is None else self.attention_factor
+
+    def ramp_bounds(self, base: BaseRope) -> tuple[float, float]:
+        """First interpolated and first fully interpolated index, clamped to [0, d - 1]."""
+
+        def dimension_of(turns: float) -> float:
+            scale = math.log(base.original_length / (turns * 2 * math.pi))
+            return base.rotary_dim * scale / (2 * math.log(base.theta))
+
+        low, high = dimension_of(self.beta_fast), dimension_of(self.beta_slow)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        return max(low, 0), min(high, base.rotary_dim - 1)
+
+    def inv_freq(self, base: BaseRope) -> npt.NDArray[np.float64]:
+        low, high = self.ramp_bounds(base)
+        if low == high:
+            high += 0.001  # a step instead of a ramp, as in the original code
+        index = np.arange(base.rotary_dim // 2, dtype=np.float64)
+        interpolated = np.clip((index - low) / (high - low), 0.0, 1.0)
+        unscaled = base.inv_freq()
+        return np.asarray(unscaled / self._factor() * interpolated + unscaled * (1.0 - interpolated))
+
+    def rope_parameters(self, base: BaseRope) -> dict[str, Any]:
+        parameters = {
+            **self._common(base, "yarn"),
+            "factor": self._factor(),
+            "original_max_position_embeddings": base.original_length,
+            "beta_fast": self.beta_fast,
+            "beta_slow": self.beta_slow,
+        }
+        # Readers drop, square or invert an explicit attention factor (vLLM, mlx-lm, llama.cpp have each done so):
+        # it is written only when it says something that they would not derive by themselves.
+        if self.attention_factor is not None and not math.isclose(
+            self.attention_factor, self.default_attention_factor(), rel_tol=1e-9
+        ):
+            parameters["attention_factor"] = self.attention_factor
+        if not self.truncate:
+            parameters["truncate"] = False
+        return parameters
+
+
+class NoRewrite(RopeMethod):
+    """The control arm of an experiment: only the allowed length changes, every frequency stays."""
+
+    summary = "no rewrite: only the allowed length changes (the control arm of an experiment)"
+    when = "to learn what the same training does without extension; asks for control: true"
+    source = "-"
+
+    method: Literal["none"] = "none"
+    control: Literal[True]
+
+    def inv_freq(self, base: BaseRope) -> npt.NDArray[np.float64]:
+        return base.inv_freq()
+
+    def rope_parameters(self, base: BaseRope) -> dict[str, Any]:
+        return self._common(base, "default")
+
+
+AnyRopeMethod = Annotated[Linear | Yarn | NoRewrite, Field(discriminator="method")]
+
+METHODS: dict[str, type[RopeMethod]] = {"linear": Linear, "yarn": Yarn, "none": NoRewrite}
+
+
+def create_method(name: str, **parameters: Any) -> RopeMethod:
+    """The method `name` with validated parameters.
+
+    Raises:
+        UsageError: unknown method, unknown parameter or bad value.
+    """
+    from pydantic import ValidationError
+
+    if name not in METHODS:
+        raise unknown_name("RoPE method", name, METHODS, where="method")
+    try:
+        return METHODS[name](method=name, **parameters)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        accepted = ", ".join(sorted(set(METHODS[name].model_fields) - {"method"}))
+        raise UsageError(
+            f"bad parameter for method '{name}': {first['msg']}",
+            where=key or name,
+            got=first.get("input") if key else None,
+            expected=f"parameters of {name}: {accepted}",
+        ) from error
+
+
+def method_from_rope_parameters(parameters: dict[str, Any]) -> RopeMethod:
+    """The method that a Hugging Face dict written by `rope_parameters` describes (the way back).
+
+    Raises:
+        UsageError: a rope type that ctxext has no method for.
+    """
+    rope_type = parameters.get("rope_type", "default")
+    if rope_type == "default":
+        return NoRewrite(control=True)
+    if rope_type == "linear":
+        return Linear(factor=float(parameters["factor"]))
+    if rope_type == "yarn":
+        given = parameters.get("attention_factor")
+        return Yarn(
+            factor=float(parameters["factor"]),
+            beta_fast=float(parameters.get("beta_fast") or 32.0),
+            beta_slow=float(parameters.get("beta_slow") or 1.0),
+            attention_factor=None if given is None else float(given),
+            truncate=bool(parameters.get("truncate", True)),
+        )
+    raise unknown_name("rope_type", str(rope_type), ("default", "linear", "yarn"))

@@ -1,0 +1,143 @@
+"""Training checkpoints: only what trains, written atomically with checksums; the older one is removed after the commit.
+
+A checkpoint holds adapter, optimizer moments, random state of every process and the step. Learning rate and data order
+are pure functions of the step, so they need no state.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ctxext.errors import ArtefactError
+from ctxext.files import (
+    directory_atomic,
+    read_json,
+    remove_partials,
+    verify_manifest,
+    write_json_atomic,
+    write_manifest,
+)
+from ctxext.train.adapter import read_tensors, write_tensors
+
+_NAME = re.compile(r"step-(\d{6,})")
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Where training stands and what decides every later number.
+
+    Attributes:
+        step: optimizer steps done.
+        plan_id: of the plan that the run follows.
+        data_sha256: of the token stream.
+        num_processes: processes that shared each step.
+    """
+
+    step: int
+    plan_id: str
+    data_sha256: str
+    num_processes: int
+
+    def differences(self, other: TrainState) -> list[str]:
+        """Names of the fields, besides the step, in which two states disagree."""
+        mine, theirs = asdict(self), asdict(other)
+        return [key for key in mine if key != "step" and mine[key] != theirs[key]]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint, read."""
+
+    folder: Path
+    state: TrainState
+    adapter: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    random_states: dict[str, Tensor]
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """`folder/step-000200`."""
+    return folder / f"step-{step:06d}"
+
+
+def save_checkpoint(
+    folder: Path,
+    state: TrainState,
+    adapter: dict[str, Tensor],
+    optimizer: dict[str, Tensor],
+    random_states: dict[str, Tensor],
+    keep: int,
+) -> Path:
+    """Write a checkpoint, then remove the oldest beyond `keep`.
+
+    Raises:
+        ResourceError: the disk is full; older checkpoints are untouched.
+    """
+    path = checkpoint_path(folder, state.step)
+    folder.mkdir(parents=True, exist_ok=True)
+    with directory_atomic(path, replace=True) as partial:
+        write_tensors(partial / "adapter.safetensors", adapter)
+        write_tensors(partial / "optimizer.safetensors", optimizer)
+        write_tensors(partial / "random.safetensors", random_states)
+        write_json_atomic(partial / "state.json", asdict(state))
+        write_manifest(partial)
+    for old in _checkpoint_folders(folder)[:-keep]:
+        shutil.rmtree(old)
+    return path
+
+
+def _checkpoint_folders(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint whose checksums hold, and a message for every damaged one that was passed over."""
+    messages: list[str] = []
+    if folder.is_dir():
+        remove_partials(folder)
+    for path in reversed(_checkpoint_folders(folder)):
+        try:
+            verify_manifest(path)
+            state = TrainState(**read_json(path / "state.json"))
+            return (
+                Checkpoint(
+                    path,
+                    state,
+                    read_tensors(path / "adapter.safetensors"),
+                    read_tensors(path / "optimizer.safetensors"),
+                    read_tensors(path / "random.safetensors"),
+                ),
+                messages,
+            )
+        except (ArtefactError, TypeError) as error:
+            messages.append(f"skipped a damaged checkpoint: {error}")
+    return None, messages
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Optimizer state as flat tensors named `index.key` (safetensors holds no Python objects, which is the point)."""
+    state: dict[int, dict[str, Any]] = optimizer.state_dict()["state"]
+    return {
+        f"{index}.{key}": value.detach().cpu().contiguous()
+        for index, entry in state.items()
+        for key, value in entry.items()
+    }
+
+
+def set_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """The way back; hyperparameters stay those of `optimizer`."""
+    stored: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        index, key = name.split(".", 1)
+        stored.setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict({"state": stored, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,0 +1,276 @@
+"""The training loop on Accelerate: resumable to the bit on the same machine, refusing to train unscaled positions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from peft import PeftModel
+from transformers import PreTrainedConfig
+
+from ctxext.data.order import Cursor, windows_after
+from ctxext.data.packing import WindowBuilder
+from ctxext.errors import ResourceError, UsageError
+from ctxext.files import append_json_line, canonical_json, read_json_lines, write_text_atomic
+from ctxext.model.attention import running_kernels
+from ctxext.model.lora import add_lora, num_trainable
+from ctxext.recipe.schema import LoraBlock, TrainBlock
+from ctxext.rope.verify import RopeVerification, verify_positions
+from ctxext.train.adapter import adapter_tensors, set_adapter_tensors
+from ctxext.train.checkpoint import (
+    TrainState,
+    newest_checkpoint,
+    optimizer_tensors,
+    save_checkpoint,
+    set_optimizer_tensors,
+)
+from ctxext.train.signals import StopRequest
+from ctxext.train.step import SummedLoss, learning_rate_at, run_step
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One line of `metrics.jsonl`."""
+
+    step: int
+    steps: int
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    num_tokens: int
+    tokens_per_second: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class TrainStart:
+    """What is known when the loop starts; for the console and `environment.json`."""
+
+    num_trainable: int
+    num_parameters: int
+    verification: RopeVerification
+    kernels: list[str]
+    resumed_step: int
+    messages: list[str]
+
+
+@dataclass(frozen=True)
+class TrainHooks:
+    """Where progress goes."""
+
+    on_start: Callable[[TrainStart], None]
+    on_step: Callable[[StepMetrics], None]
+
+
+def make_accelerator(dtype: torch.dtype, device: torch.device, trackers: list[str], folder: Path) -> Accelerator:
+    """The Accelerator of a run.
+
+    Raises:
+        ResourceError: a launcher asked for several processes and Accelerate runs as one.
+    """
+    import os
+
+    accelerator = Accelerator(
+        cpu=device.type == "cpu",
+        mixed_precision="bf16" if dtype == torch.bfloat16 else "no",
+        log_with=list(trackers) if trackers else None,
+        project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "tensorboard")),
+    )
+    asked = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != asked:
+        raise ResourceError(
+            "the launcher asked for several processes, but Accelerate runs as one",
+            where="WORLD_SIZE",
+            got=accelerator.num_processes,
+            expected=f"{asked} processes",
+            hint="On CPU, start with torchrun; accelerate launch --cpu runs one process.",
+        )
+    return accelerator
+
+
+class Trainer:
+    """Trains LoRA on an extended model.
+
+    Args:
+        model: the base, loaded with `config`.
+        config: the extended config that must be in effect.
+        folder: of this arm; gets `metrics.jsonl` and `checkpoints/`.
+        state: plan, data and processes of this run; its step is ignored.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: Any,
+        config: PreTrainedConfig,
+        builder: WindowBuilder,
+        lora: LoraBlock,
+        settings: TrainBlock,
+        folder: Path,
+        state: TrainState,
+    ) -> None:
+        self._accelerator = accelerator
+        self._settings = settings
+        self._builder = builder
+        self._folder = folder
+        self._identity = state
+        self._check_batch()
+        verify_positions(model, config)
+        self._kernels = running_kernels(model)
+        self._peft: PeftModel = add_lora(model, lora, settings.seed)
+        self._peft.train()
+        if settings.uses_activation_checkpointing(builder.length):
+            model.activation_checkpointing_enable()
+        trainable = [parameter for parameter in self._peft.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(
+            trainable, lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=settings.weight_decay
+        )
+        self._model, self._optimizer = accelerator.prepare(SummedLoss(self._peft), optimizer)
+        # Wrappers and casts of prepare() have rounded frequencies before: look again.
+        self._verification = verify_positions(accelerator.unwrap_model(self._model), config)
+
+    @property
+    def model(self) -> PeftModel:
+        """The trained model with its adapter."""
+        return self._peft
+
+    def run(self, hooks: TrainHooks, stop: StopRequest) -> None:
+        """Train from the newest checkpoint (or from the start) to the last step.
+
+        Raises:
+            InterruptedRunError: a signal came; a checkpoint of the last finished step is on disk.
+            DivergedError: a non-finite loss or gradient.
+        """
+        first, messages = self._resume()
+        hooks.on_start(
+            TrainStart(
+                num_trainable=num_trainable(self._peft),
+                num_parameters=sum(parameter.numel() for parameter in self._peft.parameters()),
+                verification=self._verification,
+                kernels=self._kernels,
+                resumed_step=first,
+                messages=messages,
+            )
+        )
+        every = self._settings.checkpoint_every or max(self._settings.steps // 10, 1)
+        for step in range(first, self._settings.steps):
+            metrics = self._one_step(step)
+            if self._accelerator.is_main_process:
+                append_json_line(self._folder / "metrics.jsonl", vars(metrics))
+            self._accelerator.log(
+                {key: value for key, value in vars(metrics).items() if key not in ("step", "steps")}, step=metrics.step
+            )
+            hooks.on_step(metrics)
+            done = step + 1
+            stopping = self._any_process(stop.requested)
+            if done % every == 0 or done == self._settings.steps or stopping:
+                self._save(done)
+            if stopping and done < self._settings.steps:
+                stop.check(f"step {done} of {self._settings.steps} is saved")
+                raise ResourceError("another process of this run was stopped by a signal", where="train")
+
+    def _one_step(self, step: int) -> StepMetrics:
+        settings = self._settings
+        rate = learning_rate_at(step, settings.steps, settings.learning_rate, settings.warmup)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        started = time.perf_counter()
+        cursor = Cursor(settings.seed, step * settings.windows_per_step)
+        chosen = windows_after(cursor, settings.windows_per_step, self._builder.num_windows)
+        mine = chosen[self._accelerator.process_index :: self._accelerator.num_processes]
+        windows = [self._builder.build(epoch, index) for epoch, index in mine]
+        result = run_step(
+            self._accelerator,
+            self._model,
+            self._optimizer,
+            windows,
+            settings.windows_per_device,
+            settings.max_grad_norm,
+        )
+        seconds = time.perf_counter() - started
+        return StepMetrics(
+            step=step + 1,
+            steps=settings.steps,
+            loss=result.loss,
+            grad_norm=result.grad_norm,
+            learning_rate=rate,
+            num_tokens=result.num_tokens,
+            tokens_per_second=result.num_tokens / seconds,
+            seconds=seconds,
+        )
+
+    def _check_batch(self) -> None:
+        unit = self._accelerator.num_processes * self._settings.windows_per_device
+        if self._settings.windows_per_step % unit:
+            raise UsageError(
+                "train.windows_per_step must be a multiple of processes x windows_per_device",
+                where="train.windows_per_step",
+                got=self._settings.windows_per_step,
+                expected=f"a multiple of {unit}",
+            )
+
+    def _any_process(self, flag: bool) -> bool:
+        value = torch.tensor([int(flag)], device=self._accelerator.device)
+        return bool(self._accelerator.reduce(value, "sum").item())
+
+    def _resume(self) -> tuple[int, list[str]]:
+        checkpoint, messages = newest_checkpoint(self._folder / "checkpoints")
+        if checkpoint is None:
+            self._keep_metrics_up_to(0)
+            torch.manual_seed(self._settings.seed + self._accelerator.process_index)
+            return 0, messages
+        differing = self._identity.differences(checkpoint.state)
+        if differing:
+            raise UsageError(
+                "the checkpoint belongs to another run: " + ", ".join(differing) + " changed",
+                where=str(checkpoint.folder),
+                hint="Use another output_dir, or undo the change to go on exactly.",
+            )
+        set_adapter_tensors(self._peft, checkpoint.adapter, str(checkpoint.folder))
+        set_optimizer_tensors(self._optimizer.optimizer, checkpoint.optimizer)
+        self._set_random_state(checkpoint.random_states)
+        self._keep_metrics_up_to(checkpoint.state.step)
+        messages.append(f"resumed at step {checkpoint.state.step} of {self._settings.steps}")
+        return checkpoint.state.step, messages
+
+    def _keep_metrics_up_to(self, step: int) -> None:
+        if not self._accelerator.is_main_process:
+            return
+        path = self._folder / "metrics.jsonl"
+        if path.exists():
+            kept = [line for line in read_json_lines(path) if line["step"] <= step]
+            write_text_atomic(path, "".join(canonical_json(line) + "\n" for line in kept))
+
+    def _save(self, step: int) -> None:
+        states = self._random_states()
+        if self._accelerator.is_main_process:
+            identity = self._identity
+            save_checkpoint(
+                self._folder / "checkpoints",
+                TrainState(step, identity.plan_id, identity.data_sha256, identity.num_processes),
+                adapter_tensors(self._peft),
+                optimizer_tensors(self._optimizer.optimizer),
+                states,
+                self._settings.keep_checkpoints,
+            )
+        self._accelerator.wait_for_everyone()
+
+    def _random_states(self) -> dict[str, torch.Tensor]:
+        device = self._accelerator.device
+        mine = torch.get_rng_state().to(device)
+        states = {"cpu": self._accelerator.gather(mine[None]).cpu()}
+        if device.type == "cuda":
+            states["cuda"] = self._accelerator.gather(torch.cuda.get_rng_state(device).to(device)[None]).cpu()
+        return {key: value.contiguous() for key, value in states.items()}
+
+    def _set_random_state(self, states: dict[str, torch.Tensor]) -> None:
+        index = self._accelerator.process_index
+        torch.set_rng_state(states["cpu"][index].clone())
+        if "cuda" in states and self._accelerator.device.type == "cuda":
+            torch.cuda.set_rng_state(states["cuda"][index].clone(), self._accelerator.device)

@@ -1,0 +1,112 @@
+"""One optimizer step: losses of the step's windows, normalised by the global number of target tokens.
+
+Accumulation and processes therefore cannot change the gradient: 1 x 4, 4 x 1 and two processes give the same sum.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from ctxext.data.packing import PackedWindow
+from ctxext.errors import DivergedError
+from ctxext.model.loss import IGNORE_INDEX, DecoderHead, token_losses
+
+
+class SummedLoss(nn.Module):
+    """The model with its loss inside, so that a distributed wrapper sees one forward pass.
+
+    Returns the *sum* of the token losses, float32.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """Sum over all targets.
+
+        Args:
+            input_ids: [B, S].
+            position_ids: [B, S]; jumps are allowed.
+        """
+        base = self.model.get_base_model()
+        parts = DecoderHead(base)
+        # An explicit all-ones mask: without one transformers takes a jump in the positions for a document boundary and
+        # hides everything before it. With it, SDPA still gets no mask at all and runs its causal flash kernel.
+        hidden = parts.hidden_states(
+            input_ids, position_ids=position_ids, attention_mask=torch.ones_like(input_ids), use_cache=False
+        )
+        targets = torch.full_like(input_ids, IGNORE_INDEX)
+        targets[:, :-1] = input_ids[:, 1:]
+        return token_losses(hidden.flatten(0, 1), parts.head, targets.flatten()).sum()
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Mean loss per target token over all processes, and the gradient's norm before clipping."""
+
+    loss: float
+    grad_norm: float
+    num_tokens: int
+
+
+def run_step(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: Any,
+    windows: list[PackedWindow],
+    windows_per_device: int,
+    max_grad_norm: float,
+) -> StepResult:
+    """Forward, backward, clip and update with this process's share of the step's windows.
+
+    Raises:
+        DivergedError: a loss or gradient is not finite on any process; parameters are as before.
+    """
+    device = accelerator.device
+    counts = torch.tensor([sum(len(window.input_ids) - 1 for window in windows)], device=device)
+    num_targets = int(accelerator.reduce(counts, "sum").item())
+    summed = torch.zeros((), dtype=torch.float32, device=device)
+    batches = [windows[i : i + windows_per_device] for i in range(0, len(windows), windows_per_device)]
+    for number, batch in enumerate(batches):
+        ids = torch.tensor([window.input_ids for window in batch], device=device)
+        positions = torch.tensor([window.position_ids for window in batch], device=device)
+        last = number == len(batches) - 1
+        with torch.enable_grad():
+            if last:
+                loss = model(ids, positions)
+                accelerator.backward(loss * (accelerator.num_processes / num_targets))
+            else:
+                with accelerator.no_sync(model):
+                    loss = model(ids, positions)
+                    accelerator.backward(loss * (accelerator.num_processes / num_targets))
+        summed += loss.detach()
+    mean_loss = float(accelerator.reduce(summed, "sum").item()) / num_targets
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    grad_norm = float(accelerator.clip_grad_norm_(parameters, max_grad_norm))
+    if not (math.isfinite(mean_loss) and math.isfinite(grad_norm)):
+        optimizer.zero_grad(set_to_none=True)
+        raise DivergedError(
+            "training produced a value that is not finite, before any parameter was changed by it",
+            where="loss" if not math.isfinite(mean_loss) else "gradient norm",
+            got=f"loss {mean_loss}, gradient norm {grad_norm}",
+            hint="The last checkpoint is untouched; lower train.learning_rate or look at the data of this step.",
+        )
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return StepResult(mean_loss, grad_norm, num_targets)
+
+
+def learning_rate_at(step: int, steps: int, peak: float, warmup: float) -> float:
+    """Linear warmup over `warmup * steps` steps (at least one), then cosine to zero; `step` counts from 0."""
+    num_warmup = max(round(steps * warmup), 1)
+    if step < num_warmup:
+        return peak * (step + 1) / num_warmup
+    progress = (step - num_warmup) / max(steps - num_warmup, 1)
+    return peak * 0.5 * (1.0 + math.cos(math.pi * progress))

@@ -1,0 +1,233 @@
+"""What may be concluded from arms, on hand-made outcomes with known counts and p values."""
+
+from __future__ import annotations
+
+import pytest
+
+from ctxext.evaluation.conclusions import (
+    LOSS_MARGIN_NATS,
+    Arm,
+    ArmName,
+    Statement,
+    block_spans,
+    draw_conclusions,
+    mean_loss,
+    table_rows,
+)
+from ctxext.evaluation.store import SampleResult
+
+ORIGINAL, TARGET = 1024, 4096
+
+
+def sample(
+    length: int,
+    index: int,
+    right: bool = True,
+    *,
+    status: str = "ok",
+    loss: float = 2.0,
+    haystack: str | None = None,
+    degenerate: str | None = None,
+) -> SampleResult:
+    return SampleResult(
+        sample_id=f"needle/{length}/0.5000/{index}",
+        task="needle",
+        length_tokens=length,
+        depth=0.5,
+        index=index,
+        status=status,
+        needle_position=length // 2,
+        haystack_sha256=haystack or f"haystack-{length}-{index}",
+        prompt_sha256=f"prompt-{length}-{index}",
+        key="amber-fox",
+        expected="1234567",
+        score=float(right),
+        degenerate=degenerate,
+        loss_blocks=[loss] * (length // 256),
+        loss_block_tokens=256,
+    )
+
+
+def arm(name: ArmName, outcomes: dict[int, str], *, recorded: bool = False, losses: tuple[float, ...] = ()) -> Arm:
+    """An arm from strings: '1' right, '0' wrong, 'x' out of memory; `losses` of the shortest length's prompts."""
+    samples = []
+    for length, marks in outcomes.items():
+        for index, mark in enumerate(marks):
+            loss = losses[index] if losses and length == min(outcomes) else 2.0
+            samples.append(
+                sample(length, index, mark == "1", status="ok" if mark != "x" else "out_of_memory", loss=loss)
+            )
+    return Arm(name, f"label of {name}", recorded, samples, {})
+
+
+def statements(arms: list[Arm], topic: str) -> list[Statement]:
+    drawn = draw_conclusions(arms, original_length=ORIGINAL, target_length=TARGET)
+    return [statement for statement in drawn if statement.topic == topic]
+
+
+def test_six_one_sided_pairs_beyond_the_original_length_show_extension() -> None:
+    extended, control = arm("extended", {4096: "111111111000"}), arm("control", {4096: "111000000000"})
+    (claim,) = statements([control, extended], "extension")
+    assert (claim.verdict, claim.headline) == ("shown", True)
+    assert claim.numbers["mcnemar_p"] == pytest.approx(2 * 0.5**6)
+    assert claim.numbers["num_pairs"] == claim.numbers["num_haystacks"] == 12
+    for part in (
+        "Context extension is shown",
+        "9 of 12 (0.47-0.91)",
+        "3 of 12 (0.09-0.53)",
+        "6 only extended, 0 only control",
+    ):
+        assert part in claim.sentence
+    assert "p = 0.0312" in claim.sentence
+    assert "12 haystacks" in claim.sentence
+
+
+def test_five_one_sided_pairs_do_not() -> None:
+    (claim,) = statements([arm("control", {4096: "00000"}), arm("extended", {4096: "11111"})], "extension")
+    assert claim.verdict == "not shown"
+    assert "is not shown" in claim.sentence
+    assert "p = 0.0625" in claim.sentence
+
+
+def test_a_better_control_arm_is_named() -> None:
+    (claim,) = statements([arm("control", {4096: "111111"}), arm("extended", {4096: "000000"})], "extension")
+    assert claim.verdict == "worse"
+    assert "the control arm is better" in claim.sentence
+
+
+def test_a_prompt_of_exactly_the_original_length_is_inside() -> None:
+    arms = [arm("control", {ORIGINAL: "0" * 9}), arm("extended", {ORIGINAL: "1" * 9})]
+    (claim,) = statements(arms, "extension")
+    assert claim.verdict == "no claim"
+    (inside,) = statements(arms, "inside")
+    assert inside.verdict == "shown"
+    assert "not extension" in inside.sentence
+
+
+def test_without_a_control_arm_no_claim_is_made_however_large_the_gain() -> None:
+    arms = [arm("base", {4096: "0" * 20}), arm("extended", {4096: "1" * 20})]
+    (claim,) = statements(arms, "extension")
+    assert claim.verdict == "no claim"
+    assert claim.sentence.startswith("No claim of context extension is made: no control arm")
+    (change,) = statements(arms, "before_after")
+    assert change.verdict == "shown"
+    assert "no claim of extension" in change.sentence
+
+
+def test_live_and_recorded_arms_are_never_paired_even_on_equal_prompts() -> None:
+    live = [arm("base", {4096: "0000"}), arm("extended", {4096: "1111"})]
+    recorded = [
+        arm("base", {4096: "0" * 8}, recorded=True),
+        arm("control", {4096: "0" * 8}, recorded=True),
+        arm("extended", {4096: "11111100"}, recorded=True),
+    ]
+    (claim,) = statements(live + recorded, "extension")
+    assert claim.recorded
+    assert claim.sentence.startswith("Recorded on another machine: Context extension is shown")
+    assert claim.numbers["extended"]["count"] == 6
+    assert claim.numbers["num_pairs"] == 8
+    yours, theirs = statements(live + recorded, "before_after")
+    assert "Your run" in yours.sentence
+    assert "p = 0.125" in yours.sentence
+    assert "no claim of extension" in yours.sentence
+    assert yours.headline
+    assert not theirs.headline
+    assert theirs.recorded
+
+
+def test_a_recorded_control_arm_alone_supports_no_claim() -> None:
+    arms = [arm("extended", {4096: "1" * 8}), arm("control", {4096: "0" * 8}, recorded=True)]
+    (claim,) = statements(arms, "extension")
+    assert claim.verdict == "no claim"
+    assert "same origin" in claim.sentence
+
+
+def test_prompts_without_a_score_in_both_arms_are_left_out_and_counted() -> None:
+    (claim,) = statements([arm("control", {4096: "00x0"}), arm("extended", {4096: "1x11"})], "extension")
+    assert claim.numbers["num_pairs"] == 2
+    assert "2 prompts without a score in both left out" in claim.sentence
+
+
+def test_shared_haystacks_are_called_dependent() -> None:
+    pairs = [
+        Arm(name, name, False, [sample(4096, i, right, haystack="one") for i in range(6)], {})
+        for name, right in (("control", False), ("extended", True))
+    ]
+    (claim,) = statements(pairs, "extension")  # type: ignore[arg-type]
+    assert "1 haystack for 6 prompts, which are therefore not independent" in claim.sentence
+
+
+def test_inside_the_original_length_each_effect_is_reported_by_itself() -> None:
+    arms = [arm("base", {512: "0" * 8}), arm("control", {512: "1" * 8}), arm("extended", {512: "1" * 8})]
+    together, rewrite, retrieval = statements(arms, "inside")
+    assert [s.verdict for s in (together, rewrite, retrieval)] == ["shown", "not shown", "shown"]
+    assert "retrieval training alone (control better; not extension)" in retrieval.sentence
+    assert "RoPE rewrite alone (no difference shown; not extension)" in rewrite.sentence
+    assert "8 of 8 (0.68-1.00)" in retrieval.sentence
+    assert "0 of 8 (0.00-0.32)" in retrieval.sentence
+
+
+@pytest.mark.parametrize(
+    ("differences", "verdict", "words"),
+    [
+        ((0.1, 0.2, 0.3), "not decided", "+0.200 nats (95% interval -0.048 to +0.448; +22.1% perplexity)"),
+        ((0.010, 0.0, -0.010), "not worse", "not worse, within the margin of 0.05 nats"),
+        ((0.20, 0.21, 0.22), "worse", "is not kept"),
+        ((0.020, 0.021, 0.022), "worse", "worse, by less than the margin of 0.05 nats"),
+        ((0.0,), "not decided", "unbounded to unbounded"),
+    ],
+)
+def test_short_context_loss_is_judged_against_the_margin(
+    differences: tuple[float, ...], verdict: str, words: str
+) -> None:
+    marks = "1" * len(differences)
+    base = arm("base", {512: marks, 1024: "1"})
+    extended = arm("extended", {512: marks, 1024: "1"}, losses=tuple(2.0 + d for d in differences))
+    (loss,) = statements([base, extended], "short_loss")
+    assert loss.verdict == verdict
+    assert words in loss.sentence
+    assert loss.numbers["margin_nats"] == LOSS_MARGIN_NATS
+    assert loss.numbers["num_pairs"] == len(differences)
+
+
+def test_degenerate_answers_are_counted_beyond_the_original_length_only() -> None:
+    samples = [
+        sample(512, 0, False, degenerate="empty"),
+        sample(4096, 0, False, degenerate="repeating"),
+        sample(4096, 1),
+    ]
+    (degenerate,) = statements([Arm("base", "base", False, samples, {})], "degenerate")
+    assert "base 1 of 2" in degenerate.sentence
+
+
+def test_an_unmeasured_stretch_up_to_the_target_is_admitted() -> None:
+    assert "the longest scored prompt has 2,048" in statements([arm("base", {2048: "1"})], "coverage")[0].sentence
+    assert not statements([arm("base", {4096: "1"})], "coverage")
+
+
+def test_mean_loss_weighs_blocks_by_predicted_tokens() -> None:
+    result = SampleResult(
+        "s", "needle", 10, 0.5, 0, "ok", 5, "h", "p", "k", "v", loss_blocks=[1.0, 2.0, 3.0], loss_block_tokens=4
+    )
+    assert block_spans(result) == [(1, 4), (4, 8), (8, 10)]
+    assert mean_loss(result) == pytest.approx((3 * 1 + 4 * 2 + 2 * 3) / 9)
+
+
+def test_the_table_takes_the_loss_at_the_longest_length_that_all_arms_have() -> None:
+    rows = table_rows(
+        [arm("base", {512: "10", 2048: "0x"}), arm("extended", {2048: "1", 4096: "1"})], original_length=ORIGINAL
+    )
+    assert [row.loss_length_tokens for row in rows] == [2048, 2048]
+    assert [row.num_missing for row in rows] == [1, 0]
+    assert (rows[0].by_length[512].num_successes, rows[0].by_length[512].num_trials) == (1, 2)
+    assert rows[1].mean_loss == pytest.approx(2.0)
+
+
+def test_the_same_arm_twice_is_refused() -> None:
+    with pytest.raises(ValueError, match="given twice"):
+        draw_conclusions([arm("base", {512: "1"})] * 2, original_length=ORIGINAL, target_length=TARGET)
+
+
+def test_nothing_is_concluded_from_nothing() -> None:
+    assert statements([], "extension") == []
+    assert table_rows([], original_length=ORIGINAL) == []

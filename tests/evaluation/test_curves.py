@@ -1,0 +1,101 @@
+"""The curves: which prompts count, what a point is, the same bytes every time."""
+
+from __future__ import annotations
+
+import pytest
+
+from ctxext.evaluation.conclusions import Arm, ArmName
+from ctxext.evaluation.curves import accuracy_by_length, common_prompts, comparable_panels, loss_by_position, loss_curve
+from ctxext.evaluation.store import SampleResult
+
+LENGTHS = {"original_length": 8, "target_length": 16}
+
+
+def sample(length: int, index: int, losses: list[float], status: str = "ok", prompt: str = "") -> SampleResult:
+    return SampleResult(
+        sample_id=f"needle/{length}/0.5000/{index}",
+        task="needle",
+        length_tokens=length,
+        depth=0.5,
+        index=index,
+        status=status,
+        needle_position=1,
+        haystack_sha256=f"h{length}-{index}",
+        prompt_sha256=f"{prompt}{length}-{index}",
+        key="key",
+        expected="1",
+        score=float(index == 0),
+        loss_blocks=losses,
+        loss_block_tokens=4,
+    )
+
+
+def arm(name: ArmName, recorded: bool = False, prompt: str = "") -> Arm:
+    samples = [
+        sample(8, 0, [3.0, 2.0], prompt=prompt),
+        sample(8, 1, [3.0, 2.0], prompt=prompt),
+        sample(12, 0, [3, 2, 1], prompt=prompt),
+    ]
+    return Arm(name, f"label of {name}", recorded, samples, {})
+
+
+def test_a_point_averages_the_samples_that_reach_its_block() -> None:
+    assert loss_curve([sample(8, 0, [1.0, 2.0]), sample(12, 0, [3.0, 4.0, 5.0])]) == [
+        (2.0, 2.0),
+        (6.0, 3.0),
+        (10.0, 5.0),
+    ]
+
+
+def test_a_part_of_a_block_weighs_less() -> None:
+    # The last block of 9 positions holds one prediction, that of 12 positions four.
+    points = loss_curve([sample(9, 0, [1.0, 1.0, 6.0]), sample(12, 0, [1.0, 1.0, 1.0])])
+    assert points[-1] == (10.0, pytest.approx((6.0 + 4 * 1.0) / 5))
+
+
+def test_only_prompts_scored_in_every_arm_are_compared() -> None:
+    first, second = arm("base"), arm("extended")
+    second.samples[2] = sample(12, 0, [], status="out_of_memory")
+    assert common_prompts([first, second]) == {"8-0", "8-1"}
+    assert common_prompts([]) == set()
+
+
+def test_live_and_recorded_arms_share_a_panel_only_when_one_has_nothing_of_its_own_to_compare() -> None:
+    live = [arm("base"), arm("extended")]
+    control = arm("control", recorded=True)
+    assert comparable_panels([*live, control]) == [[*live, control]]
+    assert comparable_panels([*live, arm("control", True, prompt="other")])[0] == live
+    recorded = [control, arm("extended", recorded=True)]
+    assert comparable_panels([*live, *recorded]) == [live, recorded]
+
+
+@pytest.mark.parametrize("draw", [loss_by_position, accuracy_by_length])
+def test_two_drawings_are_identical_and_name_every_arm(draw: object) -> None:
+    assert callable(draw)
+    arms = [arm("base"), arm("untrained"), arm("extended"), arm("control", recorded=True)]
+    first, second = draw(arms, **LENGTHS), draw(arms, **LENGTHS)
+    assert first == second
+    assert first.png.startswith(b"\x89PNG")
+    assert first.svg.startswith(b"<?xml")
+    for name in ("base: label of base", "extended: label of extended", "control: label of control (recorded)"):
+        assert name.encode() in first.svg
+    assert b"original 8" in first.svg
+    assert b"target 16" in first.svg
+
+
+def test_the_number_of_common_prompts_is_drawn() -> None:
+    assert b"3 common prompts" in loss_by_position([arm("base"), arm("extended")], **LENGTHS).svg
+    apart = [arm("base"), arm("extended", prompt="other")]
+    assert b"no prompt with losses in common" in loss_by_position(apart, **LENGTHS).svg
+
+
+def test_a_far_target_does_not_squash_the_curve() -> None:
+    assert "target 1K →".encode() in loss_by_position([arm("base")], original_length=8, target_length=1024).svg
+
+
+@pytest.mark.parametrize("draw", [loss_by_position, accuracy_by_length])
+def test_an_empty_arm_is_drawn_and_no_arm_is_refused(draw: object) -> None:
+    assert callable(draw)
+    assert draw([Arm("base", "nothing", False, [], {})], **LENGTHS).png.startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="no arms"):
+        draw([], **LENGTHS)
