@@ -101,7 +101,7 @@ def merge(
 
 @app.command(name="eval")
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Hub id, folder, .gguf file or package:NAME/FILE.")],
+    model: Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, package:NAME/FILE or recipes:NAME.")],
     suite: Annotated[str, typer.Option(help="Shipped suite or .yaml file.")] = "quick",
     output: Annotated[str | None, typer.Option("--output", "-o", help="Folder for samples and heatmap.")] = None,
     revision: Annotated[str | None, typer.Option(help="Hub revision.")] = None,
@@ -154,23 +154,26 @@ def verify(
 @list_app.command()
 def methods() -> None:
     """RoPE methods: what each does and when to use it."""
-    from rich.table import Table
+    from rich.padding import Padding
+    from rich.text import Text
 
     from ctxext.rope.methods import METHODS
 
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in ("method", "what it does", "when to use it", "parameters", "source"):
-        table.add_column(column, style="bold" if column == "method" else None)
+    console = _reporter().console
     for name, method in METHODS.items():
-        parameters = ", ".join(sorted(set(method.model_fields) - {"method", "factor"})) or "-"
-        table.add_row(name, method.summary, method.when, parameters, method.source)
-    _reporter().console.print(table)
+        parameters = ", ".join(sorted(set(method.model_fields) - {"method", "factor"}))
+        lines = [method.summary, method.when, f"parameters: {parameters}" if parameters else "", method.source]
+        console.print(Text(name, style="bold"))
+        console.print(Padding(Text("\n".join(line for line in lines if line)), (0, 0, 1, 4)))
 
 
 def _recipe(what: str, overrides: list[str] | None, target_length: int | None, method: str | None) -> Recipe:
-    from ctxext.pipeline.recipes import recipe_of
+    from ctxext.pipeline.recipes import is_recipe, recipe_of
 
-    return recipe_of(what, overrides or [], target_length, method)
+    recipe = recipe_of(what, overrides or [], target_length, method)
+    if not is_recipe(what):
+        _reporter().recipe(recipe)
+    return recipe
 
 
 def _reporter() -> ConsoleReporter:

@@ -17,61 +17,14 @@ PASSKEY_FACT = " the pass key is {value}."
 PASSKEY_QUESTION = " what is the pass key? the pass key is"
 PASSKEY_DIGITS = 5
 
-_FIRST = [
-    "Alma",
-    "Bruno",
-    "Carla",
-    "Dmitri",
-    "Elif",
-    "Farid",
-    "Greta",
-    "Hugo",
-    "Ines",
-    "Jonas",
-    "Kavya",
-    "Lionel",
-    "Maren",
-    "Nadia",
-    "Oskar",
-    "Petra",
-    "Quentin",
-    "Rosa",
-    "Stefan",
-    "Tamar",
-    "Ulrich",
-    "Vera",
-    "Wendel",
-    "Xenia",
-    "Yusuf",
-    "Zora",
-]
-_LAST = [
-    "Abbott",
-    "Bergman",
-    "Castell",
-    "Dorsey",
-    "Engel",
-    "Fontaine",
-    "Grieve",
-    "Holm",
-    "Ibarra",
-    "Jansen",
-    "Keller",
-    "Lindqvist",
-    "Moreau",
-    "Novak",
-    "Okafor",
-    "Pereira",
-    "Quist",
-    "Rahman",
-    "Soler",
-    "Tanaka",
-    "Ueda",
-    "Voss",
-    "Weber",
-    "Yilmaz",
-    "Zeman",
-]
+_FIRST = """
+    Alma Bruno Carla Dmitri Elif Farid Greta Hugo Ines Jonas Kavya Lionel Maren Nadia Oskar Petra Quentin Rosa
+    Stefan Tamar Ulrich Vera Wendel Xenia Yusuf Zora
+    """.split()
+_LAST = """
+    Abbott Bergman Castell Dorsey Engel Fontaine Grieve Holm Ibarra Jansen Keller Lindqvist Moreau Novak Okafor
+    Pereira Quist Rahman Soler Tanaka Ueda Voss Weber Yilmaz Zeman
+    """.split()
 _PLACES = [
     "the east pump house",
     "the old tram depot",

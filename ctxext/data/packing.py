@@ -4,7 +4,9 @@ A window that carries facts is text with the statements put between sentences, a
 the end:
 
     text ... statement ... text ... | question answer question answer
-    position 0, 1, ...  (gap)  ...   target_length - 1          (skip-wise: the gap lies between a statement and the questions)
+    positions 0, 1, ...       (gap)       ... up to target_length - 1
+
+In skip-wise windows the gap lies between the last statement and the questions.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Sources of training text: documents in a reproducible order.
 
-`python-stdlib` is the text that every machine has: the docstrings and sources of this Python's standard library, without
-`pydoc_data` (the evaluation's haystack), tests and generated tables.
+`python-stdlib` is the text that every machine has: the docstrings and sources of this Python's standard library,
+without `pydoc_data` (the evaluation's haystack), tests and generated tables.
 """
 
 from __future__ import annotations
@@ -20,19 +20,9 @@ from ctxext.recipe.schema import SourceBlock
 
 # Never trained on: the evaluation's haystack, and text that teaches nothing (tests, tables, bundled wheels).
 _EXCLUDED_PARTS = frozenset(
-    [
-        "pydoc_data",
-        "test",
-        "tests",
-        "idle_test",
-        "__pycache__",
-        "site-packages",
-        "dist-packages",
-        "lib2to3",
-        "encodings",
-        "ensurepip",
-        "turtledemo",
-    ]
+    """
+    pydoc_data test tests idle_test __pycache__ site-packages dist-packages lib2to3 encodings ensurepip turtledemo
+    """.split()
 )
 
 

@@ -72,7 +72,8 @@ def collect_tokens(
     if not sum(by_source):
         raise ArtefactError("the sources hold no text", where="data.sources")
     interleaved = np.random.default_rng([seed, 1]).permutation(len(documents))
-    starts, flat = [], []
+    starts: list[int] = []
+    flat: list[int] = []
     for index in interleaved:
         starts.append(len(flat))
         flat += documents[index]

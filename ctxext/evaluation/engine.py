@@ -1,13 +1,16 @@
 """Answer prompts: chunked prefill into a KV cache, loss by position on the way, greedy decoding.
 
 The prefill runs in chunks, so that no [S, S] mask and no [S, V] logits ever exist; answers equal plain `generate`.
+Short prompts of equal length share forward passes: a small model spends most of their time between the kernels.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -21,6 +24,8 @@ from ctxext.evaluation.suite import Sample, Suite
 from ctxext.model.loss import DecoderHead, token_losses
 
 PREFILL_CHUNK = 1024
+# Prompt tokens that are answered together; only prompts that fit into one prefill chunk share a batch.
+BATCH_TOKENS = 4096
 
 OnSample = Callable[[SampleResult], None]
 
@@ -49,28 +54,50 @@ class Answerer:
         self.tokenizer = tokenizer
         self._chunk = chunk_tokens
 
-    @torch.inference_mode()
+    def batch_size(self, length_tokens: int) -> int:
+        """How many prompts of this length are answered together; one when a prompt fills more than a prefill chunk."""
+        return max(BATCH_TOKENS // length_tokens, 1) if length_tokens <= self._chunk else 1
+
     def answer(self, input_ids: list[int], max_new_tokens: int) -> Answer:
         """Prefill, then decode greedily until a stop token or `max_new_tokens`."""
-        prompt = torch.tensor([input_ids], device=self._device)
+        return self.answer_together([input_ids], max_new_tokens)[0]
+
+    @torch.inference_mode()
+    def answer_together(self, prompts: list[list[int]], max_new_tokens: int) -> list[Answer]:
+        """Answers to prompts of equal length, each as if it were alone: no row is padded and none sees another.
+
+        Raises:
+            ValueError: prompts of different lengths.
+        """
+        if len({len(prompt) for prompt in prompts}) != 1:
+            raise ValueError(f"prompts of one length expected, got lengths {sorted({len(p) for p in prompts})}")
+        ids = torch.tensor(prompts, device=self._device)
         cache = DynamicCache(config=self._model.config)
         losses: list[Tensor] = []
         hidden = torch.empty(0)
-        for start in range(0, prompt.shape[1], self._chunk):
-            piece = prompt[:, start : start + self._chunk]
+        for start in range(0, ids.shape[1], self._chunk):
+            piece = ids[:, start : start + self._chunk]
             hidden = self._parts.hidden_states(piece, past_key_values=cache, use_cache=True)
-            targets = prompt[0, start + 1 : start + 1 + piece.shape[1]]
-            losses.append(token_losses(hidden[0, : len(targets)], self._parts.head, targets).cpu())
-        ids: list[int] = []
-        while len(ids) < max_new_tokens:
-            token = int(self._parts.head(hidden[:, -1:]).argmax(-1))
-            ids.append(token)
-            if token in self._stop_ids or len(ids) == max_new_tokens:
-                break
-            hidden = self._parts.hidden_states(
-                torch.tensor([[token]], device=self._device), past_key_values=cache, use_cache=True
-            )
-        return Answer(ids, torch.cat(losses))
+            targets = ids[:, start + 1 : start + 1 + piece.shape[1]]
+            flat = token_losses(hidden[:, : targets.shape[1]].flatten(0, 1), self._parts.head, targets.flatten())
+            losses.append(flat.view(targets.shape).cpu())
+        answers = self._decode(hidden, cache, max_new_tokens)
+        return [Answer(answer, row) for answer, row in zip(answers, torch.cat(losses, dim=1), strict=True)]
+
+    def _decode(self, hidden: Tensor, cache: DynamicCache, max_new_tokens: int) -> list[list[int]]:
+        """Greedy tokens of every row from the prompts' last hidden states [B, S, D]."""
+        answers: list[list[int]] = [[] for _ in hidden]
+        going = set(range(len(answers)))
+        while True:
+            tokens = self._parts.head(hidden[:, -1:]).argmax(-1)
+            for row in sorted(going):
+                token = int(tokens[row])
+                answers[row].append(token)
+                if token in self._stop_ids or len(answers[row]) >= max_new_tokens:
+                    going.remove(row)
+            if not going:
+                return answers
+            hidden = self._parts.hidden_states(tokens, past_key_values=cache, use_cache=True)
 
 
 def stop_ids(model: Any, tokenizer: Any) -> set[int]:
@@ -105,27 +132,48 @@ def evaluate_samples(
 ) -> None:
     """Answer and store every sample that is not stored yet; out of memory marks a sample as missing and goes on."""
     too_long: int | None = None
-    for sample in samples:
-        prompt = builder.build(sample)
-        result = store.finished(sample.sample_id, prompt.prompt_sha256)
-        if result is None:
-            if too_long is not None and sample.cell.length_tokens >= too_long:
-                result = _result(prompt, status="out_of_memory")
-            else:
-                try:
-                    result = _answered(answerer, prompt, suite)
-                except torch.OutOfMemoryError:
-                    too_long = sample.cell.length_tokens
-                    result = _result(prompt, status="out_of_memory")
+    for batch in _batches(answerer, samples):
+        prompts = [builder.build(sample) for sample in batch]
+        missing = [p for p in prompts if store.finished(p.sample.sample_id, p.prompt_sha256) is None]
+        if too_long is not None and missing and len(missing[0].input_ids) >= too_long:
+            results = [_result(prompt, status="out_of_memory") for prompt in missing]
+        else:
+            results = _answered(answerer, missing, suite)
+            if any(result.status == "out_of_memory" for result in results):
+                too_long = batch[0].cell.length_tokens
+        # All of a batch is stored before anyone is told: a listener may stop the evaluation.
+        for result in results:
             store.add(result)
         if on_sample is not None:
-            on_sample(result)
+            for prompt in prompts:
+                on_sample(store.results[prompt.sample.sample_id])
     store.write_results()
 
 
-def _answered(answerer: Answerer, prompt: Prompt, suite: Suite) -> SampleResult:
+def _batches(answerer: Answerer, samples: list[Sample]) -> Iterator[list[Sample]]:
+    """Neighbours of equal length, in the given order, as many at a time as the answerer takes."""
+    for length, group in groupby(samples, key=lambda sample: sample.cell.length_tokens):
+        alike, size = list(group), answerer.batch_size(length)
+        yield from (alike[start : start + size] for start in range(0, len(alike), size))
+
+
+def _answered(answerer: Answerer, prompts: list[Prompt], suite: Suite) -> list[SampleResult]:
+    """Results of prompts of equal length; when they are too many for the memory together, one after the other."""
+    if not prompts:
+        return []
     started = time.perf_counter()
-    answer = answerer.answer(prompt.input_ids, suite.max_new_tokens)
+    with suppress(torch.OutOfMemoryError):
+        answers = answerer.answer_together([prompt.input_ids for prompt in prompts], suite.max_new_tokens)
+        seconds = (time.perf_counter() - started) / len(prompts)
+        return [
+            _scored(answerer, prompt, answer, suite, seconds) for prompt, answer in zip(prompts, answers, strict=True)
+        ]
+    if len(prompts) == 1:
+        return [_result(prompts[0], status="out_of_memory")]
+    return [result for prompt in prompts for result in _answered(answerer, [prompt], suite)]
+
+
+def _scored(answerer: Answerer, prompt: Prompt, answer: Answer, suite: Suite, seconds: float) -> SampleResult:
     text = answerer.tokenizer.decode(answer.ids, skip_special_tokens=True)
     return _result(
         prompt,
@@ -136,7 +184,7 @@ def _answered(answerer: Answerer, prompt: Prompt, suite: Suite) -> SampleResult:
         degenerate=degenerate_kind(text, answer.ids),
         loss_blocks=block_means(answer.losses, suite.loss_block_tokens),
         loss_block_tokens=suite.loss_block_tokens,
-        seconds=round(time.perf_counter() - started, 3),
+        seconds=round(seconds, 3),
     )
 
 

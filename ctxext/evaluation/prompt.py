@@ -87,7 +87,7 @@ class PromptBuilder:
         return encode_plain(self._tokenizer, text)
 
     def _intro_ids(self, intro: str) -> list[int]:
-        # What the tokenizer puts before a text of its own accord (BOS for Llama, nothing for SmolLM2) belongs here once.
+        # What the tokenizer puts before a text by itself (BOS for Llama, nothing for SmolLM2) belongs here, once.
         marker = self._tokenizer("a").input_ids
         plain = self._encode("a")
         start = next((i for i in range(len(marker)) if marker[i : i + len(plain)] == plain), 0)

@@ -10,13 +10,13 @@ NUMBER_MATCH = "number_match/1"
 def number_match(answer: str, expected: str) -> float:
     """1.0 when `expected` stands in the answer as a whole number, else 0.0.
 
-    A longer number that contains it does not count (1234567 in 12345678), a digit group split by spaces does not either.
+    A longer number that contains it does not count (1234567 in 12345678), nor do digits split by spaces.
     """
     return float(re.search(rf"(?<!\d){re.escape(expected)}(?!\d)", answer) is not None)
 
 
 def degenerate_kind(answer: str, answer_ids: list[int]) -> str | None:
-    """`empty`, `repeating` or None: a model beyond its range often babbles, which is another failure than being wrong."""
+    """`empty`, `repeating` or None: babbling beyond the model's range is another failure than being wrong."""
     if not any(character.isalnum() for character in answer):
         return "empty"
     if len(answer_ids) >= 8:

@@ -60,14 +60,6 @@ class PairedComparison:
         """Successes of the second arm."""
         return wilson(self.both + self.only_second, self.num_pairs)
 
-    def verdict(self, first: str, second: str, level: float = 0.05) -> str:
-        """Which arm is better, in words."""
-        split = f"{self.only_first} prompts only {first}, {self.only_second} only {second} right; McNemar p = {self.p_value:.3g}"
-        if self.p_value >= level:
-            return f"no difference shown between {first} and {second} ({split})"
-        better, worse = (first, second) if self.only_first > self.only_second else (second, first)
-        return f"{better} is better than {worse} ({split})"
-
 
 def mcnemar(pairs: Iterable[tuple[bool, bool]]) -> PairedComparison:
     """Exact McNemar test (McNemar 1947; binomial form) over pairs of outcomes of independent prompts.

@@ -27,6 +27,7 @@ class SampleResult:
         score: 0 to 1 by `metric`.
         degenerate: `empty`, `repeating` or None.
         loss_blocks: mean next-token loss (nats) of each block of `loss_block_tokens` prompt positions.
+        seconds: wall time; of prompts that were answered together, an equal share each.
     """
 
     sample_id: str

@@ -24,7 +24,7 @@ from ctxext.rope.verify import RopeVerification, verify_positions
 from ctxext.train.adapter import PROVENANCE_NAME, adapter_config, load_adapter, read_provenance
 
 # Largest logit difference allowed between base + adapter and the checkpoint read back, relative to the largest logit.
-# Float32 arithmetic itself is no better: SmolLM2-135M + LoRA against the same in float64 differs by 3e-4 at logits of 31
+# Float32 arithmetic itself is no better: SmolLM2-135M + LoRA differs from the same in float64 by 3e-4 at logits of 31,
 # on far positions. Lost or doubled RoPE scaling shows 0.2 to 4. In bfloat16 the merge rounds every weight once more.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 _PROBE_TOKENS = 48
@@ -70,7 +70,7 @@ def write_merged(
         ResourceError: not enough disk.
     """
     model.eval()
-    base = model.get_base_model()
+    base: Any = model.get_base_model()
     target_length = int(provenance["target_length"])
     dtype, device = base.dtype, base.device
     require_free_space(
@@ -138,4 +138,5 @@ def describe_positions(config: Any) -> str:
     text = text_config(config)
     parameters = text.rope_parameters
     factor = f" factor {parameters['factor']:g}" if "factor" in parameters else ""
-    return f"{parameters['rope_type']}{factor}, theta {parameters['rope_theta']:g}, {text.max_position_embeddings} positions"
+    reach = f"{text.max_position_embeddings} positions"
+    return f"{parameters['rope_type']}{factor}, theta {parameters['rope_theta']:g}, {reach}"

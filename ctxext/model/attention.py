@@ -12,7 +12,7 @@ class _KernelNames(TorchDispatchMode):
     """Collects the names of attention kernels; every backend's kernel passes here, on every device."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.names: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

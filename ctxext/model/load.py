@@ -24,9 +24,14 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
-from ctxext.errors import ArtefactError, CtxextError, UnsupportedModelError
+from ctxext.errors import ArtefactError, CtxextError, UnsupportedModelError, unknown_name
+from ctxext.files import fingerprint, safe_join, sha256_bytes, shipped_directory
+from ctxext.rope.families import text_config
 
 _PACKAGE_PREFIX = "package:"
+_RECIPES_PREFIX = "recipes:"
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".json")
+_SAMPLED_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -56,13 +61,16 @@ class ModelSource:
 
 
 def resolve_source(name: str, revision: str | None = None) -> ModelSource:
-    """Find what `name` means: `package:NAME/FILE`, a GGUF file, a folder, or else a hub id.
+    """Find what `name` means: `recipes:NAME`, `package:NAME/FILE`, a GGUF file, a folder, or else a hub id.
 
     Raises:
         ArtefactError: the package or file is not there.
+        UsageError: no model of that name ships with ctxext.
     """
     path = Path(name).expanduser()
-    if name.startswith(_PACKAGE_PREFIX):
+    if name.startswith(_RECIPES_PREFIX):
+        path = _shipped_model(name)
+    elif name.startswith(_PACKAGE_PREFIX):
         path = _package_file(name)
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -76,9 +84,25 @@ def resolve_source(name: str, revision: str | None = None) -> ModelSource:
         raise ArtefactError(
             "model not found",
             where=name,
-            expected="a hub id, a folder with config.json, a .gguf file or package:NAME/FILE",
+            expected="a hub id, a folder with config.json, a .gguf file, package:NAME/FILE or recipes:NAME",
         )
     return ModelSource(name, name, revision=revision)
+
+
+def short_name(source: str) -> str:
+    """The last part of a source's name, fit for file names and titles: `recipes:tiny` is `tiny`."""
+    plain = source.removeprefix(_PACKAGE_PREFIX).removeprefix(_RECIPES_PREFIX)
+    return plain.rstrip("/").split("/")[-1].removesuffix(".gguf")
+
+
+def _shipped_model(name: str) -> Path:
+    """The folder of a model that ships with ctxext, in a wheel or in a source checkout."""
+    recipes = shipped_directory("recipes")
+    path = safe_join(recipes, name.removeprefix(_RECIPES_PREFIX))
+    if not (path / "config.json").is_file():
+        models = [found.parent.name for found in recipes.glob("*/config.json")]
+        raise unknown_name("shipped model", name.removeprefix(_RECIPES_PREFIX), models)
+    return path
 
 
 def _package_file(name: str) -> Path:
@@ -98,6 +122,29 @@ def _package_file(name: str) -> Path:
     if not path.is_relative_to(root) or not path.exists():
         raise ArtefactError("the package holds no such file", where=name, got=inside)
     return path
+
+
+def weights_fingerprint(source: ModelSource, config: PreTrainedConfig) -> str:
+    """Tells whether stored results still belong to these weights.
+
+    Local files: names, sizes and a checksum of both ends of each (reading all of a 100 GB model would take minutes).
+    Hub ids: the commit that the config came from.
+    """
+    folder = Path(source.location)
+    if not folder.is_dir():
+        return fingerprint([source.location, getattr(config, "_commit_hash", None) or source.revision])
+    names = (
+        [source.gguf_file] if source.gguf_file else [p.name for p in folder.iterdir() if p.suffix in _WEIGHT_SUFFIXES]
+    )
+    return fingerprint([_ends_of(folder / name) for name in sorted(names)])
+
+
+def _ends_of(path: Path) -> list[str | int]:
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        start = stream.read(_SAMPLED_BYTES)
+        stream.seek(max(size - _SAMPLED_BYTES, 0))
+        return [path.name, size, sha256_bytes(start + stream.read(_SAMPLED_BYTES))]
 
 
 def load_config(source: ModelSource) -> PreTrainedConfig:
@@ -180,7 +227,7 @@ def load_model(
     """
     try:
         with quiet():
-            model, report = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source.location,
                 config=copy.deepcopy(config),
                 dtype=dtype,
@@ -194,7 +241,9 @@ def load_model(
         raise
     except Exception as error:  # safetensors, OSError, RuntimeError ... for one thing: the weights cannot be read
         raise ArtefactError(f"could not load the model's weights ({_first_line(error)})", where=source.name) from error
-    missing = sorted(key for key in report["missing_keys"] if key != "lm_head.weight")
+    model, report = loaded
+    tied = bool(getattr(text_config(config), "tie_word_embeddings", False))
+    missing = sorted(key for key in report["missing_keys"] if not (tied and key == "lm_head.weight"))
     if missing:
         raise ArtefactError(
             "the checkpoint lacks weights that the model needs",
@@ -205,7 +254,8 @@ def load_model(
         _forget_gguf(model)
     model.to(device)
     model.eval()
-    return model
+    ready: PreTrainedModel = model
+    return ready
 
 
 def _forget_gguf(model: PreTrainedModel) -> None:

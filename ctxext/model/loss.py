@@ -13,6 +13,8 @@ import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ctxext.errors import UnsupportedModelError
+
 IGNORE_INDEX = -100
 _CHUNK_TOKENS = 1024
 
@@ -21,7 +23,7 @@ class DecoderHead:
     """The two halves of a causal LM: decoder and output embedding.
 
     Raises:
-        ValueError: a head with logit soft-capping or scaling, which this loss would silently leave out.
+        UnsupportedModelError: a head with logit soft-capping or scaling, which this loss would silently leave out.
     """
 
     def __init__(self, model: Any) -> None:
@@ -31,7 +33,11 @@ class DecoderHead:
         for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
             value = getattr(config, key, None)
             if value not in (None, 1, 1.0):
-                raise ValueError(f"models with {key} are not supported by the loss yet ({key} = {value})")
+                raise UnsupportedModelError(
+                    "the model changes its logits in a way that the loss would leave out",
+                    where=f"config.{key}",
+                    got=value,
+                )
 
     def hidden_states(self, input_ids: Tensor, **arguments: Any) -> Tensor:
         """Last hidden states [B, S, D]."""
@@ -53,7 +59,7 @@ def token_losses(hidden: Tensor, head: torch.nn.Linear, targets: Tensor) -> Tens
     if not torch.is_grad_enabled():
         # Without gradients plain chunks are as small and twice as fast (12,288 tokens x 49,152 words, two CPU cores:
         # 5.8 s against 11.3 s).
-        pieces = range(0, len(targets), _CHUNK_TOKENS)
+        pieces = range(0, max(len(targets), 1), _CHUNK_TOKENS)  # one empty piece for no targets
         return torch.cat(
             [_chunk_losses(hidden[i : i + _CHUNK_TOKENS], head, targets[i : i + _CHUNK_TOKENS]) for i in pieces]
         )

@@ -13,23 +13,28 @@ from contextlib import contextmanager
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
 from ctxext.evaluation.store import SampleResult
 from ctxext.evaluation.suite import Cell, Sample
 from ctxext.files import format_bytes
+from ctxext.pipeline.run_folder import recipe_yaml
 from ctxext.planning.plan import Plan
+from ctxext.recipe.schema import Recipe
 from ctxext.train.loop import StepMetrics, TrainHooks, TrainStart
 
 _PLAIN_EVERY_SECONDS = 20.0
 
 
 def duration(seconds: float) -> str:
-    """'45 s', '12 min', '1 h 20 min'."""
+    """'45 s', '12 min', '1 h 20 min', '3 days'."""
     if seconds < 90:
         return f"{max(seconds, 0):.0f} s"
     minutes = round(seconds / 60)
+    if minutes > 48 * 60:
+        return f"{round(minutes / 1440)} days"
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
@@ -39,6 +44,10 @@ class ConsoleReporter:
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False)
         self._started = time.perf_counter()
+
+    def recipe(self, recipe: Recipe) -> None:
+        """Print a recipe with every default written out."""
+        self.console.print(Syntax(recipe_yaml(recipe).rstrip(), "yaml", background_color="default"))
 
     def plan(self, plan: Plan, estimated_seconds: float, output_dir: str) -> None:
         """Print the plan as a table."""
@@ -231,13 +240,13 @@ def plan_rows(plan: Plan, estimated_seconds: float, output_dir: str) -> list[tup
         if plan.facts_share
         else ""
     )
-    suite = plan.suite
+    suite, theta = plan.suite, plan.rope_parameters["rope_theta"]
     return [
         ("model", f"{plan.model} ({plan.model_type}, {plan.num_parameters:,} parameters)"),
         ("positions", f"{plan.original_length} -> {plan.target_length} (factor {plan.factor:g})"),
         (
             "RoPE",
-            f"{plan.method}, attention factor {plan.attention_factor:.4f}, theta {plan.rope_parameters['rope_theta']:g}",
+            f"{plan.method}, attention factor {plan.attention_factor:.4f}, theta {theta:g}",
         ),
         ("training", f"{steps_tokens}, {plan.window_mode} windows{facts}"),
         (

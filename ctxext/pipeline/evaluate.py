@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from ctxext.errors import UsageError
+from ctxext.errors import UnsupportedModelError, UsageError
 from ctxext.evaluation.conclusions import Arm
 from ctxext.evaluation.report import ReportFacts, write_report
 from ctxext.evaluation.run import evaluate_arm
 from ctxext.evaluation.suite import load_suite
 from ctxext.files import read_json
-from ctxext.model.load import choose_device, choose_dtype, load_config, load_model, load_tokenizer, resolve_source
+from ctxext.model.load import (
+    ModelSource,
+    choose_device,
+    choose_dtype,
+    load_config,
+    load_model,
+    load_tokenizer,
+    resolve_source,
+    short_name,
+    weights_fingerprint,
+)
 from ctxext.pipeline.reporter import Reporter
 from ctxext.pipeline.run_folder import environment_facts
 from ctxext.rope.families import text_config
 from ctxext.rope.verify import verify_positions
+from ctxext.train.adapter import PROVENANCE_NAME, read_provenance
 from ctxext.train.signals import StopRequest
 
 
@@ -33,13 +45,15 @@ def evaluate_model(
     config = load_config(source)
     text = text_config(config)
     reach = int(text.max_position_embeddings)
-    original = int((getattr(text, "rope_parameters", None) or {}).get("original_max_position_embeddings") or reach)
-    stem = source.name.removeprefix("package:").rstrip("/").split("/")[-1].removesuffix(".gguf")
+    original = _original_length(source, text)
+    stem = short_name(source.name)
     folder = Path(output) if output else Path("runs") / f"eval-{stem}-{Path(suite).stem}"
     device = choose_device()
     model = load_model(source, config, dtype=choose_dtype(dtype, device), device=device)
-    if getattr(text, "rope_parameters", None):
+    try:
         reporter.info(verify_positions(model, config).summary())
+    except UnsupportedModelError as error:  # evaluating needs no RoPE; a RoPE that differs from its config is an error
+        reporter.info(f"positions not verified: {error}")
     environment = environment_facts(str(device), str(model.dtype).removeprefix("torch."))
     with StopRequest() as stop:
         samples = evaluate_arm(
@@ -50,7 +64,7 @@ def evaluate_model(
             title=source.name,
             original_length=original,
             target_length=reach,
-            weights={"source": source.name, "revision": revision},
+            weights={"source": source.name, "fingerprint": weights_fingerprint(source, config)},
             facts={"arm": "base", "environment": environment},
             reporter=reporter,
             check_stop=lambda: stop.check("finished samples are saved"),
@@ -68,3 +82,12 @@ def evaluate_model(
         environment=environment,
     )
     return write_report(folder / "report", facts, [arm])
+
+
+def _original_length(source: ModelSource, text: Any) -> int:
+    """The length before extension where checkpoint or config say it, else the model's reach."""
+    folder = Path(source.location)
+    if (folder / PROVENANCE_NAME).is_file():
+        return int(read_provenance(folder)["original_length"])
+    parameters = getattr(text, "rope_parameters", None) or {}
+    return int(parameters.get("original_max_position_embeddings") or text.max_position_embeddings)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from ctxext.data.packing import WindowBuilder
 from ctxext.data.tokenize import TokenStream, collect_tokens
 from ctxext.errors import CtxextError, InterruptedRunError, exit_code_of
 from ctxext.evaluation.run import evaluate_arm
+from ctxext.evaluation.store import load_samples
+from ctxext.evaluation.suite import resolve_samples
 from ctxext.export.merge import read_back, write_merged
 from ctxext.files import require_free_space, verify_manifest
 from ctxext.model.load import (
@@ -30,6 +32,7 @@ from ctxext.model.load import (
     load_model,
     load_tokenizer,
     resolve_source,
+    short_name,
 )
 from ctxext.pipeline.report import report_run
 from ctxext.pipeline.reporter import Reporter
@@ -67,15 +70,14 @@ class _Job:
 
     @property
     def is_main(self) -> bool:
-        return self.accelerator.is_main_process
+        return bool(self.accelerator.is_main_process)
 
 
 def output_folder(recipe: Recipe) -> Path:
     """Where the run goes: `output_dir`, or a name made of model, method and length under `runs/`."""
     if recipe.output_dir:
         return Path(recipe.output_dir)
-    stem = recipe.model.source.removeprefix("package:").rstrip("/").split("/")[-1].removesuffix(".gguf")
-    return Path(DEFAULT_OUTPUT) / f"{stem}-{recipe.rope.method}-{recipe.target_length}"
+    return Path(DEFAULT_OUTPUT) / f"{short_name(recipe.model.source)}-{recipe.rope.method}-{recipe.target_length}"
 
 
 def extend(recipe: Recipe, reporter: Reporter, *, last_stage: str = "report") -> Path:
@@ -111,7 +113,7 @@ def extend(recipe: Recipe, reporter: Reporter, *, last_stage: str = "report") ->
                 source,
                 load_config(source),
                 load_tokenizer(source),
-                device,
+                accelerator.device,
                 dtype,
                 accelerator,
             )
@@ -125,10 +127,8 @@ def extend(recipe: Recipe, reporter: Reporter, *, last_stage: str = "report") ->
 
 def _record_end(run: RunFolder, error: BaseException) -> None:
     if run.path.is_dir():
-        try:
+        with suppress(CtxextError):  # a full disk must not hide the error that is being reported
             run.ended(exit_code_of(error), str(error))
-        except CtxextError:
-            pass  # a full disk must not hide the error that is being reported
 
 
 def _run_stages(job: _Job, last_stage: str) -> None:
@@ -176,7 +176,7 @@ def _load(job: _Job, config: PreTrainedConfig) -> PreTrainedModel:
 def _evaluate(job: _Job, model: PreTrainedModel, arm: str, title: str) -> None:
     if not job.is_main:
         return
-    weights: dict[str, Any] = {"source": job.source.name, "revision": job.source.revision, "arm": arm}
+    weights: dict[str, Any] = {"source": job.source.name, "fingerprint": job.plan.weights, "arm": arm}
     if arm in ("extended", "control"):
         weights["plan_id"] = job.plan.plan_id
     evaluate_arm(
@@ -200,9 +200,6 @@ def _evaluate(job: _Job, model: PreTrainedModel, arm: str, title: str) -> None:
 
 def _evaluation_complete(job: _Job, arm: str) -> bool:
     """Whether an arm has every sample, so that its model need not be loaded to find out."""
-    from ctxext.evaluation.store import load_samples
-    from ctxext.evaluation.suite import resolve_samples
-
     stored = {s.sample_id for s in load_samples(job.run.evaluation(arm)) if s.status == "ok"}
     wanted = resolve_samples(suite_of(job.plan), job.plan.original_length, job.plan.target_length)
     return all(sample.sample_id in stored for sample in wanted)
@@ -238,7 +235,14 @@ def _builder(job: _Job) -> WindowBuilder:
     if job.stream is None:
         with job.reporter.progress("read and tokenise training text") as progress:
             job.stream = collect_tokens(job.tokenizer, data.sources, plan.train_tokens, data.seed, progress)
+        job.reporter.info(_stream_summary(job.stream, plan.train_tokens))
     return WindowBuilder(job.stream, data, job.tokenizer, plan.target_length)
+
+
+def _stream_summary(stream: TokenStream, wanted: int) -> str:
+    text = f"{len(stream.ids):,} tokens of training text in {len(stream.document_starts):,} documents"
+    passes = wanted / len(stream.ids)
+    return f"{text}, read {passes:.1f} times in another order each time" if passes > 1.01 else text
 
 
 def _train(job: _Job, method: RopeMethod, folder: Path, adapter: Path, title: str) -> None:

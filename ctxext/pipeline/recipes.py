@@ -18,6 +18,11 @@ from ctxext.recipe.load import (
 from ctxext.recipe.schema import Recipe
 
 
+def is_recipe(what: str) -> bool:
+    """Whether an argument names a recipe (a `.yaml` file or a shipped recipe) rather than a model."""
+    return what.endswith((".yaml", ".yml")) or (what in shipped_names("recipes") and not Path(what).is_dir())
+
+
 def recipe_of(
     what: str, overrides: Sequence[str], target_length: int | None = None, method: str | None = None
 ) -> Recipe:
@@ -27,8 +32,7 @@ def recipe_of(
         RecipeError: everything that is wrong, contradictions with the model's config included.
         UsageError: a model without a target length.
     """
-    is_recipe = what.endswith((".yaml", ".yml")) or (what in shipped_names("recipes") and not Path(what).is_dir())
-    if is_recipe:
+    if is_recipe(what):
         settings = list(overrides)
         if target_length is not None:
             settings.append(f"target_length={target_length}")
@@ -41,7 +45,7 @@ def recipe_of(
                 "a model needs --target-length",
                 where="command line",
                 got=what,
-                expected=f"a shipped recipe ({', '.join(shipped_names('recipes'))}), a .yaml file, or a model with --target-length N",
+                expected=f"a recipe ({', '.join(shipped_names('recipes'))} or .yaml), or MODEL --target-length N",
             )
         document = default_document(what, target_length, overrides, method or "yarn")
     return validate_document(document, Recipe, [length_checks, suite_check])

@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from ctxext.errors import ArtefactError, unknown_name
-from ctxext.evaluation.conclusions import Arm
+from ctxext.evaluation.conclusions import Arm, ArmName
 from ctxext.evaluation.haystack import load_haystack
 from ctxext.evaluation.report import ReportFacts, write_report
 from ctxext.evaluation.store import load_samples
 from ctxext.files import directory_atomic, read_json, shipped_directory, write_json_atomic
+from ctxext.model.load import short_name
 from ctxext.pipeline.run_folder import RunFolder
 from ctxext.recipe.schema import Recipe
 
-_ORDER = ("base", "untrained", "control", "extended")
+_ORDER: tuple[ArmName, ...] = ("base", "untrained", "control", "extended")
 
 
 def arm_labels(method: str) -> dict[str, str]:
@@ -93,12 +94,15 @@ def gather(run: RunFolder, recipe: Recipe) -> tuple[ReportFacts, list[Arm]]:
         notes.append(_recorded_note(recipe.evaluation.recorded, baseline))
     if recipe.data.facts and recipe.data.facts.style == "passkey":
         notes.append(
-            "Training used the evaluation's own wording and kind of text: this run demonstrates the method on a tiny model, "
-            "it does not measure generalisation."
+            "Training used the evaluation's own wording and kind of text: this run demonstrates the method on a tiny "
+            "model, it does not measure generalisation."
         )
-    windows = f"{plan['window_mode']} windows of {plan['window_tokens']} tokens, {plan['windows_per_step']} a step, {plan['steps']} steps"
+    windows = (
+        f"{plan['window_mode']} windows of {plan['window_tokens']} tokens, {plan['windows_per_step']} a step, "
+        f"{plan['steps']} steps"
+    )
     facts = ReportFacts(
-        title=f"{plan['model'].split('/')[-1]}: {plan['original_length']} to {plan['target_length']} tokens",
+        title=f"{short_name(plan['model'])}: {plan['original_length']} to {plan['target_length']} tokens",
         model=plan["model"],
         method=f"{recipe.rope.method}, factor {plan['factor']:g}",
         original_length=plan["original_length"],
@@ -119,8 +123,8 @@ def gather(run: RunFolder, recipe: Recipe) -> tuple[ReportFacts, list[Arm]]:
 
 def _recorded_note(name: str, baseline: dict[str, Any]) -> str:
     note = (
-        f"Recorded arms: {name}, made on {baseline['hardware']} with Python {baseline['python']} by `{baseline['command']}`; "
-        f"they were not run on this machine."
+        f"Recorded arms: {name}, made on {baseline['hardware']} with Python {baseline['python']} by "
+        f"`{baseline['command']}`; they were not run on this machine."
     )
     haystack = load_haystack(baseline["haystack"])
     if haystack.sha256 != baseline["haystack_sha256"]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from rich.console import Console
-from rich.syntax import Syntax
 
 from ctxext.evaluation.report import terminal_table
 from ctxext.files import format_bytes
@@ -13,7 +12,7 @@ from ctxext.model.load import choose_device, choose_dtype
 from ctxext.pipeline.console import ConsoleReporter, duration
 from ctxext.pipeline.extend import output_folder
 from ctxext.pipeline.report import gather, record_baseline, report_run
-from ctxext.pipeline.run_folder import RunFolder, peak_memory_bytes, recipe_yaml
+from ctxext.pipeline.run_folder import RunFolder, peak_memory_bytes
 from ctxext.planning.cost import estimated_seconds, measured_flops_per_second
 from ctxext.planning.plan import make_plan
 from ctxext.recipe.schema import Recipe
@@ -37,12 +36,11 @@ def print_summary(console: Console, folder: Path) -> None:
 
 
 def print_plan(reporter: ConsoleReporter, recipe: Recipe) -> None:
-    """The recipe with every default, and the plan."""
+    """The plan, without starting anything."""
     plan = make_plan(recipe)
     device = choose_device()
     speed = measured_flops_per_second(device, choose_dtype(recipe.model.dtype, device))
     trainings = 1 + recipe.evaluation.control
-    reporter.console.print(Syntax(recipe_yaml(recipe).rstrip(), "yaml", background_color="default"))
     reporter.plan(
         plan, estimated_seconds(plan.evaluation_flops + trainings * plan.train_flops, speed), str(output_folder(recipe))
     )

@@ -51,6 +51,7 @@ def verify_checkpoint(folder: Path) -> Iterator[str]:
         asked = dict(provenance["method"])
         method: RopeMethod = create_method(asked.pop("method"), **asked)
         config = apply_method(load_config(source), method, provenance["target_length"])
-        yield f"made from {source.name}: {method.method}, {provenance['original_length']} to {provenance['target_length']}"
+        lengths = f"{provenance['original_length']} to {provenance['target_length']}"
+        yield f"made from {source.name}: {method.method}, {lengths} positions"
     yield f"config: {describe_positions(config)}"
     yield verify_positions(model, config).summary()

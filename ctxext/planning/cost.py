@@ -39,7 +39,7 @@ class ModelShape:
 
 
 def measured_flops_per_second(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
-    """Speed of a plain matrix product here and now: the best single run, since other programs only ever slow it down."""
+    """Speed of a plain matrix product here: the best single run, since other programs only ever slow it down."""
     size = 4096 if device.type == "cuda" else 768
     left = torch.randn(size, size, device=device, dtype=dtype)
     torch.mm(left, left)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from ctxext.errors import CtxextError
 from ctxext.evaluation.suite import Sample, Suite, load_suite, resolve_samples
 from ctxext.files import fingerprint
-from ctxext.model.load import load_config, resolve_source
+from ctxext.model.load import load_config, resolve_source, weights_fingerprint
 from ctxext.model.lora import add_lora, num_trainable
 from ctxext.planning.cost import ModelShape
 from ctxext.recipe.load import KeyPath
@@ -36,10 +36,12 @@ class Plan:
         train_flops, evaluation_flops: of one training, and of all arms' evaluations.
         trainable_bytes: LoRA weights, gradients and both AdamW moments in float32.
         cache_bytes: KV cache of the longest evaluated prompt, in float32.
+        weights: fingerprint of the base weights.
         plan_id: hash of everything that changes results.
     """
 
     plan_id: str
+    weights: str
     model: str
     model_type: str
     original_length: int
@@ -98,6 +100,7 @@ def make_plan(recipe: Recipe) -> Plan:
     samples = resolve_samples(suite, base.original_length, recipe.target_length)
     text = text_config(config)
     counts = _count_parameters(config, recipe)
+    weights = weights_fingerprint(source, config)
     window_tokens = recipe.data.windows.length or recipe.target_length
     checkpointing = recipe.train.uses_activation_checkpointing(window_tokens)
     shape = ModelShape(counts.matrices, text.num_hidden_layers, _attention_width(text))
@@ -110,8 +113,13 @@ def make_plan(recipe: Recipe) -> Plan:
     for key in ("output_dir", "evaluation"):
         decisive.pop(key)
     return Plan(
+        weights=weights,
         plan_id=fingerprint(
-            {"recipe": decisive, "config": text_config(extended).to_dict().get("rope_parameters"), "base": base.theta}
+            {
+                "recipe": decisive,
+                "config": text_config(extended).to_dict().get("rope_parameters"),
+                "base": [base.theta, weights],
+            }
         ),
         model=recipe.model.source,
         model_type=str(text.model_type),
@@ -202,14 +210,14 @@ def length_checks(values: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:
     if target <= base.original_length:
         yield (
             ("target_length",),
-            f"{target} is not above the model's original length {base.original_length}; the model reaches it without extension",
+            f"{target} is not above the model's original length {base.original_length}, which it reaches unextended",
         )
     implied = target / base.original_length
     if method.factor is not None and not math.isclose(method.factor, implied, rel_tol=1e-6):
         yield (
             ("rope", "factor"),
-            f"{method.factor:g} contradicts target_length {target} / original length {base.original_length} = {implied:g}; "
-            "leave rope.factor out, it is derived",
+            f"{method.factor:g} contradicts target_length {target} / original length {base.original_length} = "
+            f"{implied:g}; leave rope.factor out, it is derived",
         )
 
 

@@ -86,12 +86,8 @@ def parse_document(text: str, source: str) -> Document:
         try:
             for token in yaml.scan(text, Loader=_CoreLoader):
                 if isinstance(token, (yaml.AliasToken, yaml.AnchorToken)):
-                    raise RecipeError(
-                        source,
-                        [
-                            f"{source}:{token.start_mark.line + 1}: anchors and aliases are not supported; write the value out"
-                        ],
-                    )
+                    where = f"{source}:{token.start_mark.line + 1}"
+                    raise RecipeError(source, [f"{where}: anchors and aliases are not supported; write the value out"])
             node = loader.get_single_node()
             if node is None:
                 raise RecipeError(source, [f"{source}: the file is empty"])
@@ -210,7 +206,8 @@ def _describe(detail: Any, document: Document, schema: type[BaseModel]) -> str:
         expected = str(detail["ctx"]["expected_tags"])
         near = did_you_mean(str(detail["ctx"]["tag"]), re.findall(r"'([^']+)'", expected))
         hint = f"; did you mean '{near}'?" if near else ""
-        return f"{where}: {name}.{detail['ctx']['discriminator'].strip(chr(39))}: got '{detail['ctx']['tag']}', expected one of {expected}{hint}"
+        key = f"{name}.{detail['ctx']['discriminator'].strip(chr(39))}"
+        return f"{where}: {key}: got '{detail['ctx']['tag']}', expected one of {expected}{hint}"
     message = detail["msg"].removeprefix("Value error, ")
     got = detail.get("input")
     shown = f" (got {got!r})" if isinstance(got, (str, int, float, bool, type(None))) else ""

@@ -23,7 +23,8 @@ class ModelBlock(_Block):
     """Which model.
 
     Attributes:
-        source: hub id, folder, GGUF file, or `package:NAME/FILE` for a file inside an installed Python package.
+        source: hub id, folder, GGUF file, `package:NAME/FILE` for a file inside an installed Python package, or
+            `recipes:NAME` for a model that ships with ctxext.
         revision: hub branch, tag or commit.
         dtype: of the loaded weights; `auto` is bfloat16 on an accelerator that has it and float32 elsewhere.
         description: what readers of the report should know about this model.
@@ -179,7 +180,8 @@ class Recipe(_Block):
         windows = self.data.windows
         if windows.length is not None and windows.length > self.target_length:
             raise ValueError(
-                f"data.windows.length ({windows.length}) exceeds target_length ({self.target_length}); use mode: full-length"
+                f"data.windows.length ({windows.length}) exceeds target_length ({self.target_length}); "
+                "use mode: full-length"
             )
         if self.rope.method == "none" and self.evaluation.control:
             raise ValueError(

@@ -112,6 +112,11 @@ def _refuse_without_rope(text: Any, model_type: str) -> None:
     instead = _WITHOUT_ROPE.get(model_type)
     if instead is None and getattr(text, "alibi", False):
         instead = "ALiBi"
+    if instead is None and model_type in _OWN_SINUSOIDS:
+        raise UnsupportedModelError(
+            f"'{model_type}' computes its rotation from buffers of its own, which no config reaches",
+            where="model",
+        )
     if instead is None and not getattr(text, "rope_parameters", None):
         instead = "no rotary positions that its config shows"
     if instead is not None:
@@ -119,9 +124,4 @@ def _refuse_without_rope(text: Any, model_type: str) -> None:
             f"'{model_type}' uses {instead}: there is no RoPE to rewrite",
             where="model",
             hint="Choose a model with rotary positions (Llama, Qwen, Mistral, SmolLM ...).",
-        )
-    if model_type in _OWN_SINUSOIDS:
-        raise UnsupportedModelError(
-            f"'{model_type}' computes its rotation from buffers of its own, which no config reaches",
-            where="model",
         )

@@ -146,7 +146,8 @@ class Yarn(RopeMethod):
     """YaRN (Peng et al. 2023, arXiv:2309.00071): interpolate only where the wavelength does not fit.
 
     - A dimension that turns r times within L: i(r) = d ln(L / (2 pi r)) / (2 ln b)   (eq. 17, 18).
-    - Above `beta_fast` turns it keeps its frequency, below `beta_slow` it is divided by s, a linear ramp between (eq. 20).
+    - Above `beta_fast` turns it keeps its frequency, below `beta_slow` it is divided by s, between them lies a linear
+      ramp (eq. 20).
     - cos and sin are multiplied by 0.1 ln s + 1 (eq. 22, sqrt(1/t)).
     """
 
@@ -174,7 +175,11 @@ class Yarn(RopeMethod):
         return self.default_attention_factor() if self.attention_factor is None else self.attention_factor
 
     def ramp_bounds(self, base: BaseRope) -> tuple[float, float]:
-        """First interpolated and first fully interpolated index, clamped to [0, d - 1]."""
+        """First interpolated and first fully interpolated index, clamped to [0, d - 1].
+
+        Raises:
+            UsageError: no dimension turns as often as `beta_slow` asks, so that nothing would be interpolated.
+        """
 
         def dimension_of(turns: float) -> float:
             scale = math.log(base.original_length / (turns * 2 * math.pi))
@@ -183,7 +188,16 @@ class Yarn(RopeMethod):
         low, high = dimension_of(self.beta_fast), dimension_of(self.beta_slow)
         if self.truncate:
             low, high = math.floor(low), math.ceil(high)
-        return max(low, 0), min(high, base.rotary_dim - 1)
+        low, high = max(low, 0), min(high, base.rotary_dim - 1)
+        if high < low:
+            # Upstream's ramp then runs backwards and scales no frequency at all, without a word.
+            raise UsageError(
+                "YaRN's ramp holds no dimension, so no frequency would be interpolated",
+                where="rope.beta_slow",
+                got=self.beta_slow,
+                expected=f"fewer turns than the original length of {base.original_length} positions holds",
+            )
+        return low, high
 
     def inv_freq(self, base: BaseRope) -> npt.NDArray[np.float64]:
         low, high = self.ramp_bounds(base)

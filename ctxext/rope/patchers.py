@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from typing import Any, TypeVar
 
-from ctxext.errors import UsageError
+from ctxext.errors import UnsupportedModelError, UsageError
 from ctxext.rope.families import base_ropes, text_config
 from ctxext.rope.methods import RopeMethod, create_method
 
@@ -26,7 +26,7 @@ def extend_config(config: ConfigT, *, method: str = "yarn", target_length: int, 
         config: a transformers config of an unscaled RoPE model (multimodal: its text part is extended).
         method: `yarn`, `linear` or `none` (the control arm, which needs `control=True`).
         target_length: positions the extended model shall reach; an integer above the original length.
-        method_parameters: the method's own parameters, for YaRN `beta_fast`, `beta_slow`, `attention_factor`, `truncate`.
+        method_parameters: the method's own: for YaRN `beta_fast`, `beta_slow`, `attention_factor` and `truncate`.
 
     Raises:
         UsageError: unknown method or parameter, or a target not above the original length.
@@ -45,6 +45,17 @@ def apply_method(config: ConfigT, method: RopeMethod, target_length: int) -> Con
     resolved = method.resolved(base.original_length, target_length)
     text.rope_parameters = resolved.rope_parameters(base)
     text.max_position_embeddings = target_length
+    if getattr(text, "head_dim", 0) is None:
+        # Mixtral and MiniMax leave it open, which transformers' own YaRN cannot read.
+        text.head_dim = text.hidden_size // text.num_attention_heads
     text.standardize_rope_params()
-    text.validate_rope()
+    try:
+        text.validate_rope()
+    except (KeyError, ValueError) as error:
+        raise UnsupportedModelError(
+            f"transformers refuses this RoPE for the model ({error})",
+            where=f"{text.model_type}.rope_parameters",
+            got=resolved.method,
+            hint="Another rope.method may be accepted.",
+        ) from error
     return extended

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ctxext.errors import PositionsNotInEffectError
+from ctxext.errors import PositionsNotInEffectError, UnsupportedModelError
 from ctxext.rope.families import text_config
 from ctxext.rope.methods import BaseRope, RopeTable, method_from_rope_parameters
 
-# transformers computes b^(2i/d) in float32: the exponent's rounding is worth up to ln(b) * 6e-8, about 8e-7 for b = 1e6.
+# transformers computes b^(2i/d) in float32: rounding the exponent is worth up to ln(b) * 6e-8, 8e-7 for b = 1e6.
 RELATIVE_TOLERANCE = 3e-6
 
 
@@ -41,9 +41,19 @@ class RopeVerification:
 
 
 def reference_table(config: Any) -> RopeTable:
-    """Frequencies and attention factor that a model built from `config` must have, from our own formulas."""
+    """Frequencies and attention factor that a model built from `config` must have, from our own formulas.
+
+    Raises:
+        UnsupportedModelError: no RoPE, one per layer type, or a rope type that ctxext has no method for.
+    """
     text = text_config(config)
-    parameters = text.rope_parameters
+    parameters = getattr(text, "rope_parameters", None) or {}
+    if "rope_theta" not in parameters or parameters.get("rope_type") not in ("default", "linear", "yarn"):
+        raise UnsupportedModelError(
+            "this version has no reference for the model's RoPE",
+            where=f"{text.model_type}.rope_parameters",
+            got=str(parameters.get("rope_type", "one per layer type" if parameters else "none")),
+        )
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     base = BaseRope(
         theta=float(parameters["rope_theta"]),
@@ -67,6 +77,7 @@ def verify_positions(model: torch.nn.Module, config: Any) -> RopeVerification:
 
     Raises:
         PositionsNotInEffectError: a module is missing, differs, or holds frequencies rounded to half precision.
+        UnsupportedModelError: there is no reference for this kind of RoPE.
     """
     reference = reference_table(config)
     target_length = int(text_config(config).max_position_embeddings)

@@ -64,10 +64,11 @@ def save_adapter(folder: Path, model: PeftModel, provenance: dict[str, Any]) -> 
     folder.parent.mkdir(parents=True, exist_ok=True)
     with directory_atomic(folder, replace=True) as partial:
         with quiet():
-            model.save_pretrained(partial, save_embedding_layers=False)
+            model.save_pretrained(str(partial), save_embedding_layers=False)
         (partial / "README.md").unlink(missing_ok=True)  # peft's empty card
         _name_base(partial, str(provenance["base"]["source"]))
-        model.get_base_model().config.save_pretrained(partial)
+        base: Any = model.get_base_model()
+        base.config.save_pretrained(partial)
         write_json_atomic(partial / PROVENANCE_NAME, provenance)
         write_manifest(partial)
 

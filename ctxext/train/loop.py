@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from peft import PeftModel
 from transformers import PreTrainedConfig
 
@@ -74,12 +76,12 @@ def make_accelerator(dtype: torch.dtype, device: torch.device, trackers: list[st
     Raises:
         ResourceError: a launcher asked for several processes and Accelerate runs as one.
     """
-    import os
-
     accelerator = Accelerator(
         cpu=device.type == "cpu",
         mixed_precision="bf16" if dtype == torch.bfloat16 else "no",
         log_with=list(trackers) if trackers else None,
+        # While one process evaluates, the others wait for the next stage; the default of ten minutes would kill them.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],
         project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "tensorboard")),
     )
     asked = int(os.environ.get("WORLD_SIZE", "1"))

@@ -1,8 +1,8 @@
 """The single-needle task: one fact hidden in text, one question about it at the end.
 
-`ruler` uses the wording of RULER's single needle with numbers (Hsieh et al. 2024, arXiv:2404.06654), so that results can
-be read beside other people's; `passkey` is the older short form (Mohtashami and Jaggi 2023, arXiv:2305.16300), made of
-few words so that a model of a million parameters can learn it.
+`ruler` uses the wording of RULER's single needle with numbers (Hsieh et al. 2024, arXiv:2404.06654), so that results
+can be read beside other people's; `passkey` is the older short form (Mohtashami and Jaggi 2023, arXiv:2305.16300), made
+of few words so that a model of a million parameters can learn it.
 """
 
 from __future__ import annotations
@@ -12,70 +12,14 @@ from dataclasses import dataclass
 
 from ctxext.data.facts import PASSKEY_FACT, PASSKEY_QUESTION
 
-_ADJECTIVES = [
-    "amber",
-    "brisk",
-    "calm",
-    "daring",
-    "eager",
-    "faint",
-    "gaudy",
-    "humble",
-    "idle",
-    "jolly",
-    "keen",
-    "lively",
-    "mellow",
-    "noble",
-    "odd",
-    "placid",
-    "quaint",
-    "rustic",
-    "sly",
-    "tidy",
-    "upbeat",
-    "vivid",
-    "witty",
-    "zesty",
-    "bold",
-    "crisp",
-    "dusty",
-    "fancy",
-    "grand",
-    "hasty",
-]
-_NOUNS = [
-    "anchor",
-    "basket",
-    "candle",
-    "dagger",
-    "easel",
-    "falcon",
-    "goblet",
-    "harbor",
-    "inkwell",
-    "jacket",
-    "kettle",
-    "lantern",
-    "magnet",
-    "needle",
-    "oyster",
-    "pillow",
-    "quiver",
-    "ribbon",
-    "saddle",
-    "thimble",
-    "umbrella",
-    "violin",
-    "walnut",
-    "zipper",
-    "beacon",
-    "cradle",
-    "ferry",
-    "gutter",
-    "hammock",
-    "ladder",
-]
+_ADJECTIVES = """
+    amber brisk calm daring eager faint gaudy humble idle jolly keen lively mellow noble odd placid quaint rustic
+    sly tidy upbeat vivid witty zesty bold crisp dusty fancy grand hasty
+    """.split()
+_NOUNS = """
+    anchor basket candle dagger easel falcon goblet harbor inkwell jacket kettle lantern magnet needle oyster
+    pillow quiver ribbon saddle thimble umbrella violin walnut zipper beacon cradle ferry gutter hammock ladder
+    """.split()
 
 
 @dataclass(frozen=True)

