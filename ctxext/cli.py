@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -196,6 +197,10 @@ def main() -> None:
     except KeyboardInterrupt:
         print("ctxext: interrupted", file=sys.stderr)
         sys.exit(130)
+    except Exception:
+        traceback.print_exc()
+        print("ctxext: this is a bug in ctxext; please report it with the lines above", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -218,10 +218,15 @@ def verify_manifest(directory: Path) -> dict[str, Any]:
     Raises:
         ArtefactError: manifest missing, or a file missing, cut short or changed.
     """
-    manifest = read_json(directory / MANIFEST_NAME)
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
-        raise ArtefactError("the manifest has no file table", where=str(directory / MANIFEST_NAME))
-    for name, facts in manifest["files"].items():
+    manifest: Any = read_json(directory / MANIFEST_NAME)
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(files, dict) or any(
+        not isinstance(facts, dict) or not {"bytes", "sha256"} <= facts.keys() for facts in files.values()
+    ):
+        raise ArtefactError(
+            "the manifest has no table of files with sizes and checksums", where=str(directory / MANIFEST_NAME)
+        )
+    for name, facts in files.items():
         file = safe_join(directory, name)
         if not file.is_file():
             raise ArtefactError("a file named in the manifest is missing", where=str(file))
@@ -232,7 +237,8 @@ def verify_manifest(directory: Path) -> dict[str, Any]:
             )
         if sha256_file(file) != facts["sha256"]:
             raise ArtefactError("the file's checksum differs from the manifest", where=str(file))
-    return manifest
+    verified: dict[str, Any] = manifest
+    return verified
 
 
 def safe_join(root: Path, relative: str) -> Path:

@@ -14,9 +14,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from datasets import load_dataset
+from datasets.exceptions import DatasetsError
+
 from ctxext.data import words
 from ctxext.errors import ArtefactError
 from ctxext.recipe.schema import SourceBlock
+
+_SHUFFLE_BUFFER = 1000
 
 # Never trained on: the evaluation's haystack, and text that teaches nothing (tests, tables, bundled wheels).
 _EXCLUDED_PARTS = frozenset(
@@ -44,6 +49,8 @@ def iter_documents(source: SourceBlock, seed: int) -> Iterator[TextDocument]:
         yield from _shuffled_files(_stdlib_files(), seed, _stdlib_documents)
     elif source.kind == "text":
         yield from _shuffled_files(_matching_files(source.paths), seed, _text_documents)
+    elif source.kind == "dataset":
+        yield from _dataset_documents(source, seed)
     else:
         number = 0
         while True:
@@ -94,6 +101,34 @@ def _matching_files(patterns: list[str]) -> list[Path]:
             raise ArtefactError("no file matches", where="data.sources.paths", got=pattern)
         files += found
     return list(dict.fromkeys(files))
+
+
+def _dataset_documents(source: SourceBlock, seed: int) -> Iterator[TextDocument]:
+    """Rows of a streamed dataset, in an order shuffled within a buffer, as streams allow."""
+    assert source.name is not None
+    try:
+        rows = load_dataset(
+            source.name,
+            data_files=source.paths or None,
+            split=source.split,
+            revision=source.revision,
+            streaming=True,
+        ).shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
+        for number, row in enumerate(rows):
+            text = row.get(source.text_field)
+            if not isinstance(text, str):
+                raise ArtefactError(
+                    "a row of the dataset has no text",
+                    where=f"{source.name}, row {number}",
+                    got=", ".join(sorted(row)),
+                    expected=f"text in the field '{source.text_field}'",
+                    hint="Name the right field as text_field.",
+                )
+            if text.strip():
+                yield TextDocument(f"{source.name}/{number}", text)
+    except (OSError, ValueError, DatasetsError) as error:
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise ArtefactError(f"could not read the dataset ({reason})", where=f"data.sources: {source.name}") from error
 
 
 def _text_documents(path: Path) -> Iterator[TextDocument]:

@@ -24,18 +24,25 @@ class EvaluationReporter(Protocol):
         """Yields the function to call with every finished sample."""
 
 
-def evaluation_identity(suite: Suite, model: Any, weights: dict[str, Any]) -> dict[str, Any]:
-    """What determines the answers. The grid does not: a wider grid reuses the samples it shares."""
+def suite_identity(suite: Suite) -> dict[str, Any]:
+    """What of a suite determines the answers. The grid does not: a wider grid reuses the samples it shares."""
     return {
-        "weights": weights,
-        "rope_parameters": text_config(model.config).rope_parameters,
-        "dtype": str(model.dtype).removeprefix("torch."),
         "wording": suite.wording,
         "haystack": suite.haystack,
         "haystack_sha256": load_haystack(suite.haystack).sha256,
         "seed": suite.seed,
         "max_new_tokens": suite.max_new_tokens,
         "metric": NUMBER_MATCH,
+    }
+
+
+def evaluation_identity(suite: Suite, model: Any, weights: dict[str, Any]) -> dict[str, Any]:
+    """What determines the answers: the suite's prompts, the weights, the positions."""
+    return {
+        "weights": weights,
+        "rope_parameters": getattr(text_config(model.config), "rope_parameters", None),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        **suite_identity(suite),
     }
 
 

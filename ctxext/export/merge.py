@@ -21,7 +21,13 @@ from ctxext.files import directory_atomic, require_free_space, write_json_atomic
 from ctxext.model.load import choose_device, choose_dtype, load_model, load_tokenizer, quiet, resolve_source
 from ctxext.rope.families import text_config
 from ctxext.rope.verify import RopeVerification, verify_positions
-from ctxext.train.adapter import PROVENANCE_NAME, adapter_config, load_adapter, read_provenance
+from ctxext.train.adapter import (
+    PROVENANCE_NAME,
+    adapter_config,
+    load_adapter,
+    read_provenance,
+    tensor_write_errors,
+)
 
 # Largest logit difference allowed between base + adapter and the checkpoint read back, relative to the largest logit.
 # Float32 arithmetic itself is no better: SmolLM2-135M + LoRA differs from the same in float64 by 3e-4 at logits of 31,
@@ -79,7 +85,7 @@ def write_merged(
     expected = probe_logits(model, target_length)
     merged: Any = model.merge_and_unload()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with directory_atomic(folder) as partial:
+    with tensor_write_errors(folder), directory_atomic(folder) as partial:
         with quiet():
             merged.save_pretrained(partial)
         write_both_forms(partial)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ from ctxext.errors import UnsupportedModelError, UsageError
 from ctxext.evaluation.conclusions import Arm
 from ctxext.evaluation.report import ReportFacts, write_report
 from ctxext.evaluation.run import evaluate_arm
-from ctxext.evaluation.suite import load_suite
-from ctxext.files import read_json
+from ctxext.evaluation.store import load_samples
+from ctxext.evaluation.suite import Suite, load_suite, resolve_samples
+from ctxext.files import read_json, write_json_atomic
 from ctxext.model.load import (
     ModelSource,
     choose_device,
@@ -28,6 +30,8 @@ from ctxext.rope.families import text_config
 from ctxext.rope.verify import verify_positions
 from ctxext.train.adapter import PROVENANCE_NAME, read_provenance
 from ctxext.train.signals import StopRequest
+
+FACTS_NAME = "evaluation.json"
 
 
 def evaluate_model(
@@ -56,7 +60,7 @@ def evaluate_model(
         reporter.info(f"positions not verified: {error}")
     environment = environment_facts(str(device), str(model.dtype).removeprefix("torch."))
     with StopRequest() as stop:
-        samples = evaluate_arm(
+        evaluate_arm(
             model,
             load_tokenizer(source),
             asked,
@@ -69,7 +73,6 @@ def evaluate_model(
             reporter=reporter,
             check_stop=lambda: stop.check("finished samples are saved"),
         )
-    arm = Arm(name="base", label=stem, recorded=False, samples=samples, run=read_json(folder / "run.json"))
     facts = ReportFacts(
         title=f"{stem}: retrieval by position",
         model=source.name,
@@ -81,7 +84,23 @@ def evaluate_model(
         plan_id="-",
         environment=environment,
     )
-    return write_report(folder / "report", facts, [arm])
+    write_json_atomic(folder / FACTS_NAME, asdict(facts))
+    facts, arms = gather_evaluation(folder)
+    return write_report(folder / "report", facts, arms)
+
+
+def gather_evaluation(folder: Path) -> tuple[ReportFacts, list[Arm]]:
+    """What a report shows, from a folder that `evaluate_model` has finished.
+
+    Raises:
+        ArtefactError: no such folder.
+    """
+    facts = ReportFacts(**read_json(folder / FACTS_NAME))
+    suite = Suite.model_validate({key: value for key, value in facts.suite.items() if key != "name"})
+    wanted = {sample.sample_id for sample in resolve_samples(suite, facts.original_length, facts.target_length)}
+    samples = [sample for sample in load_samples(folder) if sample.sample_id in wanted]
+    label = short_name(facts.model)
+    return facts, [Arm("base", label, recorded=False, samples=samples, run=read_json(folder / "run.json"))]
 
 
 def _original_length(source: ModelSource, text: Any) -> int:

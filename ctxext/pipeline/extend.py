@@ -19,11 +19,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ctxext.data.packing import WindowBuilder
 from ctxext.data.tokenize import TokenStream, collect_tokens
 from ctxext.errors import CtxextError, InterruptedRunError, exit_code_of
-from ctxext.evaluation.run import evaluate_arm
+from ctxext.evaluation.run import evaluate_arm, suite_identity
 from ctxext.evaluation.store import load_samples
 from ctxext.evaluation.suite import resolve_samples
 from ctxext.export.merge import read_back, write_merged
-from ctxext.files import require_free_space, verify_manifest
+from ctxext.files import read_json, require_free_space, verify_manifest
 from ctxext.model.load import (
     ModelSource,
     choose_device,
@@ -118,7 +118,7 @@ def extend(recipe: Recipe, reporter: Reporter, *, last_stage: str = "report") ->
                 accelerator,
             )
             _run_stages(job, last_stage)
-        except (CtxextError, KeyboardInterrupt) as error:
+        except BaseException as error:  # bugs too, or status.json would keep what an earlier try said
             _record_end(run, error)
             raise
     run.ended(0, "done")
@@ -128,7 +128,8 @@ def extend(recipe: Recipe, reporter: Reporter, *, last_stage: str = "report") ->
 def _record_end(run: RunFolder, error: BaseException) -> None:
     if run.path.is_dir():
         with suppress(CtxextError):  # a full disk must not hide the error that is being reported
-            run.ended(exit_code_of(error), str(error))
+            expected = isinstance(error, CtxextError)
+            run.ended(exit_code_of(error), str(error) if expected else f"{type(error).__name__}: {error}")
 
 
 def _run_stages(job: _Job, last_stage: str) -> None:
@@ -200,8 +201,14 @@ def _evaluate(job: _Job, model: PreTrainedModel, arm: str, title: str) -> None:
 
 def _evaluation_complete(job: _Job, arm: str) -> bool:
     """Whether an arm has every sample, so that its model need not be loaded to find out."""
-    stored = {s.sample_id for s in load_samples(job.run.evaluation(arm)) if s.status == "ok"}
-    wanted = resolve_samples(suite_of(job.plan), job.plan.original_length, job.plan.target_length)
+    folder, suite = job.run.evaluation(arm), suite_of(job.plan)
+    if not (folder / "run.json").is_file():
+        return False
+    identity = read_json(folder / "run.json").get("identity", {})
+    if any(identity.get(key) != value for key, value in suite_identity(suite).items()):
+        return False  # samples of another suite, which opening the store will refuse by name
+    stored = {sample.sample_id for sample in load_samples(folder) if sample.status == "ok"}
+    wanted = resolve_samples(suite, job.plan.original_length, job.plan.target_length)
     return all(sample.sample_id in stored for sample in wanted)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ctxext.errors import UsageError
+from ctxext.errors import UsageError, did_you_mean
+from ctxext.model.load import load_config, resolve_source
 from ctxext.planning.plan import length_checks, suite_check
 from ctxext.recipe.load import (
     apply_overrides,
@@ -16,6 +17,7 @@ from ctxext.recipe.load import (
     validate_document,
 )
 from ctxext.recipe.schema import Recipe
+from ctxext.rope.families import base_ropes
 
 
 def is_recipe(what: str) -> bool:
@@ -31,6 +33,7 @@ def recipe_of(
     Raises:
         RecipeError: everything that is wrong, contradictions with the model's config included.
         UsageError: a model without a target length.
+        ArtefactError, UnsupportedModelError: a model named on the command line that is not there or has no RoPE.
     """
     if is_recipe(what):
         settings = list(overrides)
@@ -41,11 +44,16 @@ def recipe_of(
         document = apply_overrides(read_document(find_shipped(what, "recipes", "recipe")), settings)
     else:
         if target_length is None:
+            recipes = shipped_names("recipes")
+            near = did_you_mean(what, recipes)
             raise UsageError(
-                "a model needs --target-length",
+                "no recipe has this name, and a model needs --target-length",
                 where="command line",
                 got=what,
-                expected=f"a recipe ({', '.join(shipped_names('recipes'))} or .yaml), or MODEL --target-length N",
+                expected=f"a recipe ({', '.join(recipes)} or .yaml), or MODEL --target-length N",
+                hint=f"Did you mean '{near}'?" if near else None,
             )
+        # First of all: without a model that can be extended the other settings mean nothing.
+        base_ropes(load_config(resolve_source(what)))
         document = default_document(what, target_length, overrides, method or "yarn")
     return validate_document(document, Recipe, [length_checks, suite_check])

@@ -6,10 +6,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ctxext.evaluation.report import terminal_table
+from ctxext.errors import UsageError
+from ctxext.evaluation.report import terminal_table, write_report
 from ctxext.files import format_bytes
 from ctxext.model.load import choose_device, choose_dtype
 from ctxext.pipeline.console import ConsoleReporter, duration
+from ctxext.pipeline.evaluate import FACTS_NAME, gather_evaluation
 from ctxext.pipeline.extend import output_folder
 from ctxext.pipeline.report import gather, record_baseline, report_run
 from ctxext.pipeline.run_folder import RunFolder, peak_memory_bytes
@@ -47,10 +49,16 @@ def print_plan(reporter: ConsoleReporter, recipe: Recipe) -> None:
 
 
 def print_report(reporter: ConsoleReporter, folder: Path, record: Path | None, *, command: str, hardware: str) -> None:
-    """Redraw a run's report, and record it as a baseline when asked."""
+    """Redraw the report of a run or of a folder of `ctxext eval`, and record a run as a baseline when asked."""
     run = RunFolder(folder)
-    page = report_run(run)
-    facts, arms = gather(run, run.recipe())
+    if (folder / FACTS_NAME).is_file():
+        if record is not None:
+            raise UsageError("only a run can be recorded, not a single evaluation", where=str(folder))
+        facts, arms = gather_evaluation(folder)
+        page = write_report(folder / "report", facts, arms)
+    else:
+        page = report_run(run)
+        facts, arms = gather(run, run.recipe())
     table, sentences = terminal_table(arms, facts)
     reporter.console.print(table)
     for sentence in sentences:

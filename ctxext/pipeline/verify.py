@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 
-from ctxext.errors import ArtefactError
-from ctxext.export.merge import describe_positions, read_back
+from ctxext.errors import ArtefactError, UnsupportedModelError
+from ctxext.export.merge import describe_positions
 from ctxext.files import MANIFEST_NAME, verify_manifest
 from ctxext.model.load import load_config, load_model, resolve_source
+from ctxext.rope.families import text_config
 from ctxext.rope.methods import RopeMethod, create_method
 from ctxext.rope.patchers import apply_method
 from ctxext.rope.verify import verify_positions
@@ -43,8 +44,11 @@ def verify_checkpoint(folder: Path) -> Iterator[str]:
         load_adapter(folder, model)
         yield f"adapter fits its base {source.name}"
     else:
-        model = read_back(folder, dtype, device)
-        config = model.config
+        source = resolve_source(str(folder))
+        config = load_config(source)
+        if not getattr(text_config(config), "rope_parameters", None):
+            raise UnsupportedModelError("the model has no rotary positions to verify", where=str(folder))
+        model = load_model(source, config, dtype=dtype, device=device)
     if (folder / PROVENANCE_NAME).is_file():
         provenance = read_provenance(folder)
         source = resolve_source(provenance["base"]["source"], provenance["base"].get("revision"))

@@ -1,14 +1,16 @@
 """YAML to a validated model: every problem at once, each with its line, and `key=value` overrides.
 
 Used for recipes and for suites. The reader follows YAML 1.2's core rules where YAML 1.1 surprises (`1e-4` is a number,
-`no` is a word), builds plain values only, and refuses aliases and duplicate keys.
+`no` is a word), builds plain values only, and refuses aliases, tags and duplicate keys.
 """
 
 from __future__ import annotations
 
+import copy
 import json
+import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -56,20 +58,25 @@ def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
 _CoreLoader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 
 
+# No file name, no model and no JSON can hold these.
+_UNUSABLE = re.compile("[\x00\ud800-\udfff]")
+_COMMAND_LINE = "command line"
+
+
 @dataclass(frozen=True)
 class Document:
-    """Plain values of a YAML document and the line of every key path."""
+    """Plain values of a YAML document, and where every key path was written (`file:line` or the command line)."""
 
     source: str
     values: dict[str, Any]
-    lines: dict[KeyPath, int]
+    places: dict[KeyPath, str]
 
     def where(self, path: KeyPath) -> str:
-        """`file:line` of the nearest known ancestor of `path`."""
+        """The place of the nearest known ancestor of `path`."""
         for end in range(len(path), -1, -1):
-            line = self.lines.get(path[:end])
-            if line is not None:
-                return f"{self.source}:{line}"
+            place = self.places.get(path[:end])
+            if place is not None:
+                return place
         return self.source
 
 
@@ -77,87 +84,126 @@ def parse_document(text: str, source: str) -> Document:
     """Parse YAML text into plain values with line numbers.
 
     Raises:
-        RecipeError: not YAML, not a mapping, duplicate keys or aliases.
+        RecipeError: not YAML, not a mapping, duplicate keys, aliases or tags.
     """
     if len(text.encode("utf-8", "surrogatepass")) > MAX_BYTES:
         raise RecipeError(source, [f"{source}: the file is larger than 1 MiB, which no recipe is"])
     try:
+        values, lines = _read_yaml(text)
+    except _UnreadableError as error:
+        raise RecipeError(source, [f"{_place(source, line)}: {message}" for line, message in error.problems]) from error
+    if values is None:
+        raise RecipeError(source, [f"{source}: the file is empty"])
+    if not isinstance(values, dict):
+        raise RecipeError(source, [f"{_place(source, lines[()])}: expected `key: value` lines"])
+    return Document(
+        source, values, {(): f"{source}:1"} | {path: _place(source, n) for path, n in lines.items() if path}
+    )
+
+
+def _place(source: str, line: int | None) -> str:
+    return f"{source}:{line}" if line else source
+
+
+class _UnreadableError(Exception):
+    """Text that is not the plain YAML of a recipe, with the line of each problem where it is known."""
+
+    def __init__(self, problems: list[tuple[int | None, str]]) -> None:
+        self.problems = problems
+        super().__init__("; ".join(message for _, message in problems))
+
+
+def _read_yaml(text: str) -> tuple[Any, dict[KeyPath, int]]:
+    """Plain values (None when empty) and the line of every key path."""
+    try:
         loader = _CoreLoader(text)
         try:
-            for token in yaml.scan(text, Loader=_CoreLoader):
-                if isinstance(token, (yaml.AliasToken, yaml.AnchorToken)):
-                    where = f"{source}:{token.start_mark.line + 1}"
-                    raise RecipeError(source, [f"{where}: anchors and aliases are not supported; write the value out"])
+            problems = list(_unsupported_tokens(text))
+            if problems:
+                raise _UnreadableError(problems)
             node = loader.get_single_node()
             if node is None:
-                raise RecipeError(source, [f"{source}: the file is empty"])
-            if not isinstance(node, yaml.MappingNode):
-                raise RecipeError(source, [f"{source}:{node.start_mark.line + 1}: expected `key: value` lines"])
-            lines: dict[KeyPath, int] = {(): 1}
-            problems: list[str] = []
-            _collect_lines(node, (), lines, problems, source)
+                return None, {}
+            lines: dict[KeyPath, int] = {(): node.start_mark.line + 1}
+            _collect_lines(node, (), lines, problems)
             if problems:
-                raise RecipeError(source, problems)
-            values = loader.construct_document(node)
+                raise _UnreadableError(problems)
+            return loader.construct_document(node), lines
         finally:
             loader.dispose()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        where = f"{source}:{mark.line + 1}" if mark else source
-        raise RecipeError(source, [f"{where}: not valid YAML ({error.problem or error.context})"]) from error
+        line = mark.line + 1 if mark else None
+        raise _UnreadableError([(line, f"not valid YAML ({error.problem or error.context})")]) from error
     except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:
-        raise RecipeError(source, [f"{source}: not valid YAML ({type(error).__name__}: {error})"]) from error
-    return Document(source, values, lines)
+        raise _UnreadableError([(None, f"not valid YAML ({type(error).__name__}: {error})")]) from error
 
 
-def _collect_lines(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], problems: list[str], source: str) -> None:
+def _unsupported_tokens(text: str) -> Iterator[tuple[int | None, str]]:
+    for token in yaml.scan(text, Loader=_CoreLoader):
+        if isinstance(token, (yaml.AliasToken, yaml.AnchorToken)):
+            yield token.start_mark.line + 1, "anchors and aliases are not supported; write the value out"
+        elif isinstance(token, yaml.TagToken):
+            yield token.start_mark.line + 1, "tags are not supported; a value's form says its type"
+
+
+def _collect_lines(
+    node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], problems: list[tuple[int | None, str]]
+) -> None:
     if isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
         for key_node, value_node in node.value:
             line = key_node.start_mark.line + 1
             if not isinstance(key_node, yaml.ScalarNode) or key_node.tag == "tag:yaml.org,2002:null":
-                problems.append(f"{source}:{line}: a key must be a plain word")
+                problems.append((line, "a key must be a plain word"))
                 continue
             key = str(key_node.value)
             key_node.tag = "tag:yaml.org,2002:str"
             if key in seen:
-                problems.append(f"{source}:{line}: '{key}' is given twice")
+                problems.append((line, f"'{key}' is given twice"))
             seen.add(key)
             lines[(*path, key)] = line
-            _collect_lines(value_node, (*path, key), lines, problems, source)
+            _collect_lines(key_node, (*path, key), lines, problems)
+            _collect_lines(value_node, (*path, key), lines, problems)
     elif isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
             lines[(*path, index)] = item.start_mark.line + 1
-            _collect_lines(item, (*path, index), lines, problems, source)
+            _collect_lines(item, (*path, index), lines, problems)
+    elif _UNUSABLE.search(node.value):
+        problems.append(
+            (node.start_mark.line + 1, "the text holds a character that no text can hold (NUL or half a pair)")
+        )
 
 
 def apply_overrides(document: Document, overrides: Sequence[str]) -> Document:
     """The document with `a.b.c=value` settings applied; values are read as YAML.
 
     Raises:
-        UsageError: an override without `=` or through something that is not a block.
+        UsageError: an override without `=`, of an unreadable value, or through something that is not a block.
     """
-    values = json.loads(json.dumps(document.values))
-    lines = dict(document.lines)
+    values = copy.deepcopy(document.values)
+    places = dict(document.places)
     for override in overrides:
         key, separator, text = override.partition("=")
-        parts = key.strip().split(".")
-        if not separator or not all(parts):
-            raise UsageError("an override has the form key.subkey=value", where="command line", got=override)
+        parts = tuple(key.strip().split("."))
+        if not separator or not all(parts) or _UNUSABLE.search(key):
+            raise UsageError("an override has the form key.subkey=value", where=_COMMAND_LINE, got=override)
         try:
-            value = yaml.load(text, Loader=_CoreLoader)
-        except (yaml.YAMLError, ValueError) as error:
-            raise UsageError("the override's value is not valid YAML", where=key, got=text) from error
+            value, _ = _read_yaml(text)
+        except _UnreadableError as error:
+            raise UsageError(f"the override's value is {error}", where=key, got=text) from error
         block = values
-        for part in parts[:-1]:
+        for end, part in enumerate(parts[:-1], start=1):
+            if part not in block:
+                places[parts[:end]] = _COMMAND_LINE
             following = block.setdefault(part, {})
             if not isinstance(following, dict):
                 raise UsageError("an override goes through a value that is not a block", where=key, got=part)
             block = following
         block[parts[-1]] = value
-        for end in range(1, len(parts) + 1):
-            lines.pop(tuple(parts[:end]), None) if end == len(parts) else None
-    return Document(document.source, values, lines)
+        places = {path: place for path, place in places.items() if path[: len(parts)] != parts}
+        places[parts] = _COMMAND_LINE
+    return Document(document.source, values, places)
 
 
 def validate_document(document: Document, schema: type[ModelT], checks: Sequence[Check] = ()) -> ModelT:
@@ -173,12 +219,12 @@ def validate_document(document: Document, schema: type[ModelT], checks: Sequence
     model: ModelT | None = None
     try:
         text = json.dumps(document.values)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise RecipeError(document.source, [f"{document.source}: a value is not plain data ({error})"]) from error
     try:
         model = schema.model_validate_json(text)
     except ValidationError as error:
-        problems += [_describe(detail, document, schema) for detail in error.errors(include_url=False)]
+        problems += _describe_all(error.errors(include_url=False), document, schema)
     for check in checks:
         for path, message in check(document.values):
             problems.append(f"{document.where(path)}: {_dotted(path)}: {message}")
@@ -191,44 +237,66 @@ def _dotted(path: KeyPath) -> str:
     return ".".join(str(part) for part in path)
 
 
-def _describe(detail: Any, document: Document, schema: type[BaseModel]) -> str:
-    path = _without_union_tags(detail["loc"], document.values)
-    where = document.where(path)
-    name = _dotted(path) or "recipe"
-    if detail["type"] == "extra_forbidden":
+def _describe_all(details: Sequence[Any], document: Document, schema: type[BaseModel]) -> list[str]:
+    """One line a mistake: pydantic reports every branch of a union, of which the user meant at most one."""
+    by_path: dict[KeyPath, list[str]] = {}
+    paths = [_without_union_tags(detail, document.values) for detail in details]
+    for path, detail in zip(paths, details, strict=True):
+        wrong_branch = detail["type"].endswith(("_type", "literal_error"))
+        if not (wrong_branch and any(len(other) > len(path) and other[: len(path)] == path for other in paths)):
+            by_path.setdefault(path, []).append(_message(path, detail, schema))
+    return [
+        f"{document.where(path)}: {_dotted(path) or 'recipe'}: {'; or '.join(dict.fromkeys(messages))}"
+        for path, messages in by_path.items()
+    ]
+
+
+def _message(path: KeyPath, detail: Any, schema: type[BaseModel]) -> str:
+    kind, got = detail["type"], detail.get("input")
+    if kind == "extra_forbidden":
         accepted = _accepted_keys(schema, detail["loc"][:-1])
-        near = did_you_mean(str(path[-1]), accepted)
-        hint = f"; did you mean '{near}'?" if near else ""
-        return f"{where}: {name}: unknown key{hint} (accepted here: {', '.join(accepted)})"
-    if detail["type"] == "missing":
-        return f"{where}: {name}: missing"
-    if detail["type"] == "union_tag_invalid":
-        expected = str(detail["ctx"]["expected_tags"])
-        near = did_you_mean(str(detail["ctx"]["tag"]), re.findall(r"'([^']+)'", expected))
-        hint = f"; did you mean '{near}'?" if near else ""
-        key = f"{name}.{detail['ctx']['discriminator'].strip(chr(39))}"
-        return f"{where}: {key}: got '{detail['ctx']['tag']}', expected one of {expected}{hint}"
-    message = detail["msg"].removeprefix("Value error, ")
-    got = detail.get("input")
-    shown = f" (got {got!r})" if isinstance(got, (str, int, float, bool, type(None))) else ""
-    if detail["type"] == "literal_error" and isinstance(got, str):
-        near = did_you_mean(got, re.findall(r"'([^']+)'", message))
-        shown += f"; did you mean '{near}'?" if near else ""
-    return f"{where}: {name}: {message}{shown}"
+        return f"unknown key{_suggestion(str(path[-1]), accepted)} (accepted here: {', '.join(accepted)})"
+    if kind in ("missing", "union_tag_not_found"):
+        return "missing"
+    if kind == "union_tag_invalid":
+        tag, expected = str(detail["ctx"]["tag"]), str(detail["ctx"]["expected_tags"])
+        return f"got '{_shortened(tag)}', expected one of {expected}{_suggestion(tag, _quoted(expected))}"
+    message = str(detail["msg"]).removeprefix("Value error, ")
+    if isinstance(got, (str, int, float, bool, type(None))):
+        message += f" (got {_shortened(repr(got))})"
+    if kind == "literal_error" and isinstance(got, str):
+        message += _suggestion(got, _quoted(message))
+    return message
 
 
-def _without_union_tags(location: KeyPath, values: Any) -> KeyPath:
-    """Pydantic puts union tags and branch names into locations; keep the parts that exist in the document."""
+def _suggestion(word: str, choices: Iterable[str]) -> str:
+    near = did_you_mean(word, choices)
+    return f"; did you mean '{near}'?" if near else ""
+
+
+def _quoted(text: str) -> list[str]:
+    return re.findall(r"'([^']+)'", text)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _without_union_tags(detail: Any, values: Any) -> KeyPath:
+    """The key path of a problem: pydantic puts union tags and branch names into locations, which no document has."""
     path: list[str | int] = []
     here = values
+    location: KeyPath = detail["loc"]
     for number, part in enumerate(location):
-        last = number == len(location) - 1
-        if isinstance(here, dict) and (part in here or last):
+        absent = detail["type"] == "missing" and number == len(location) - 1
+        if isinstance(here, dict) and (part in here or absent):
             path.append(part)
             here = here.get(part) if isinstance(part, str) else None
         elif isinstance(here, list) and isinstance(part, int) and part < len(here):
             path.append(part)
             here = here[part]
+    if detail["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        path.append(detail["ctx"]["discriminator"].strip("'"))
     return tuple(path)
 
 
@@ -266,12 +334,12 @@ def find_shipped(name: str, directory: str, kind: str) -> Path:
     """
     path = Path(name)
     if name.endswith((".yaml", ".yml")) or len(path.parts) > 1:
-        if not path.is_file():
+        if not os.path.isfile(name):  # Path.is_file raises for names that are too long
             raise ArtefactError(f"{kind} file not found", where=name)
         return path
     folder = shipped_directory(directory.split("/")[0]).joinpath(*directory.split("/")[1:])
     found = folder / f"{name}.yaml"
-    if not found.is_file():
+    if not os.path.isfile(found):
         raise unknown_name(kind, name, shipped_names(directory))
     return found
 
@@ -315,7 +383,7 @@ def recipe_for_model(source: str, target_length: int, overrides: Sequence[str] =
 def default_document(source: str, target_length: int, overrides: Sequence[str], method: str) -> Document:
     """The document behind `ctxext extend MODEL --target-length N`."""
     values: dict[str, Any] = {"model": {"source": source}, "rope": {"method": method}, "target_length": target_length}
-    return apply_overrides(Document("command line", values, {}), overrides)
+    return apply_overrides(Document(_COMMAND_LINE, values, {}), overrides)
 
 
 def json_schema(schema: type[BaseModel] = Recipe) -> dict[str, Any]:

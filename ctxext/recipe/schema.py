@@ -13,6 +13,7 @@ PositiveInt = Annotated[int, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 _CHECKPOINTING_ABOVE_TOKENS = 4096
+_DEFAULT_CHUNKS = 2
 
 
 class _Block(BaseModel):
@@ -48,14 +49,18 @@ class WindowsBlock(_Block):
 
     mode: Literal["full-length", "skip-wise"] = "full-length"
     length: PositiveInt | None = None
-    chunks: Annotated[int, Field(ge=2, le=16)] = 2
+    chunks: Annotated[int, Field(ge=2, le=16)] = _DEFAULT_CHUNKS
 
     @model_validator(mode="after")
-    def _skip_wise_has_length(self) -> WindowsBlock:
+    def _fields_belong_to_mode(self) -> WindowsBlock:
         if self.mode == "skip-wise" and self.length is None:
             raise ValueError("skip-wise windows need windows.length (tokens a row)")
         if self.mode == "full-length" and self.length is not None:
             raise ValueError("full-length windows span target_length; leave windows.length out or use mode: skip-wise")
+        if self.mode == "full-length" and self.chunks != _DEFAULT_CHUNKS:
+            raise ValueError("full-length windows have no gaps; leave windows.chunks out or use mode: skip-wise")
+        if self.length is not None and self.length < self.chunks:
+            raise ValueError(f"a window of {self.length} tokens cannot have {self.chunks} chunks")
         return self
 
 
@@ -64,19 +69,29 @@ class SourceBlock(_Block):
 
     Attributes:
         kind: `python-stdlib` (docstrings and sources of this Python, without its documentation topics), `text` (files),
+            `dataset` (anything that Hugging Face `datasets` streams: a hub id, or `json`, `parquet`, `csv` with paths),
             `generated-words` (seeded sentences of common words).
-        paths: files or glob patterns, for `text` only.
+        paths: files or glob patterns, for `text`; data files, for `dataset`.
+        name, split, text_field, revision: of a `dataset`.
         weight: share of the documents' tokens, relative to the other sources.
     """
 
-    kind: Literal["python-stdlib", "text", "generated-words"]
+    kind: Literal["python-stdlib", "text", "dataset", "generated-words"]
     paths: list[str] = []
+    name: str | None = None
+    split: str = "train"
+    text_field: str = "text"
+    revision: str | None = None
     weight: Annotated[float, Field(gt=0)] = 1.0
 
     @model_validator(mode="after")
-    def _paths_belong_to_text(self) -> SourceBlock:
-        if (self.kind == "text") != bool(self.paths):
-            raise ValueError("kind: text needs paths, and only kind: text takes them")
+    def _fields_belong_to_kind(self) -> SourceBlock:
+        if self.kind == "text" and not self.paths:
+            raise ValueError("kind: text needs paths")
+        if self.kind not in ("text", "dataset") and self.paths:
+            raise ValueError(f"kind: {self.kind} takes no paths; kind: text does")
+        if (self.kind == "dataset") != (self.name is not None):
+            raise ValueError("kind: dataset needs a name (a hub id, or json, parquet, csv), and only it takes one")
         return self
 
 
@@ -93,6 +108,12 @@ class FactsBlock(_Block):
     share: Share
     style: Literal["records", "passkey"] = "records"
     per_window: Annotated[int, Field(ge=1, le=8)] = 1
+
+    @model_validator(mode="after")
+    def _one_passkey(self) -> FactsBlock:
+        if self.style == "passkey" and self.per_window > 1:
+            raise ValueError("a question for the pass key has one answer; per_window above 1 needs style: records")
+        return self
 
 
 class DataBlock(_Block):

@@ -101,7 +101,7 @@ def _check_frequencies(name: str, module: torch.nn.Module, reference: RopeTable)
     buffer: Any = module.inv_freq
     if buffer.dtype != torch.float32:
         raise PositionsNotInEffectError(
-            "the rotary frequencies were cast to half precision, which turns far positions into noise",
+            "the rotary frequencies are not float32; half precision turns far positions into noise",
             where=f"{name}.inv_freq",
             got=str(buffer.dtype),
             expected="torch.float32",

@@ -6,6 +6,8 @@ folder carries the extended `config.json` and a `ctxext.json`, and loading refus
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from ctxext.errors import ArtefactError
+from ctxext.errors import ArtefactError, ResourceError
 from ctxext.files import directory_atomic, read_json, verify_manifest, write_json_atomic, write_manifest
 from ctxext.model.load import quiet
 
@@ -62,7 +64,7 @@ def save_adapter(folder: Path, model: PeftModel, provenance: dict[str, Any]) -> 
     The extended config lies beside the weights as `config.json`; `ctxext.json` says what the adapter belongs to.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with directory_atomic(folder, replace=True) as partial:
+    with tensor_write_errors(folder), directory_atomic(folder, replace=True) as partial:
         with quiet():
             model.save_pretrained(str(partial), save_embedding_layers=False)
         (partial / "README.md").unlink(missing_ok=True)  # peft's empty card
@@ -87,6 +89,8 @@ def read_provenance(folder: Path) -> dict[str, Any]:
     Raises:
         ArtefactError: missing or malformed.
     """
+    if not folder.is_dir():
+        raise ArtefactError("folder not found", where=str(folder))
     if not (folder / PROVENANCE_NAME).is_file():
         raise ArtefactError(
             "the folder has no ctxext.json, so the positions it was trained with are unknown",
@@ -100,7 +104,13 @@ def read_provenance(folder: Path) -> dict[str, Any]:
 
 
 def adapter_config(folder: Path) -> PreTrainedConfig:
-    """The extended config beside an adapter, after checking the folder's checksums."""
+    """The extended config beside an adapter, after checking the folder's checksums.
+
+    Raises:
+        ArtefactError: no adapter here, or a damaged one.
+    """
+    if not (folder / "adapter_config.json").is_file():
+        raise ArtefactError("not an adapter folder (it has no adapter_config.json)", where=str(folder))
     verify_manifest(folder)
     config: PreTrainedConfig = AutoConfig.from_pretrained(folder)
     return config
@@ -139,6 +149,21 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise ArtefactError(f"could not read the tensors ({error})", where=str(path)) from error
+
+
+@contextmanager
+def tensor_write_errors(folder: Path) -> Iterator[None]:
+    """Turn what safetensors raises on a full disk, which is no OSError, into our error.
+
+    Raises:
+        ResourceError: the tensors could not be written.
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        raise ResourceError(
+            f"could not write the tensors ({error})", where=str(folder), hint="Check free space and permissions."
+        ) from error
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

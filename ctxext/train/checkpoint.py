@@ -24,7 +24,7 @@ from ctxext.files import (
     write_json_atomic,
     write_manifest,
 )
-from ctxext.train.adapter import read_tensors, write_tensors
+from ctxext.train.adapter import read_tensors, tensor_write_errors, write_tensors
 
 _NAME = re.compile(r"step-(\d{6,})")
 
@@ -77,18 +77,23 @@ def save_checkpoint(
 ) -> Path:
     """Write a checkpoint, then remove the oldest beyond `keep`.
 
+    Later steps are removed as well: training went on from before them because they are damaged, and counted among the
+    kept ones they would displace whole checkpoints.
+
     Raises:
         ResourceError: the disk is full; older checkpoints are untouched.
     """
     path = checkpoint_path(folder, state.step)
     folder.mkdir(parents=True, exist_ok=True)
-    with directory_atomic(path, replace=True) as partial:
+    with tensor_write_errors(path), directory_atomic(path, replace=True) as partial:
         write_tensors(partial / "adapter.safetensors", adapter)
         write_tensors(partial / "optimizer.safetensors", optimizer)
         write_tensors(partial / "random.safetensors", random_states)
         write_json_atomic(partial / "state.json", asdict(state))
         write_manifest(partial)
-    for old in _checkpoint_folders(folder)[:-keep]:
+    folders = _checkpoint_folders(folder)
+    newest = folders.index(path) + 1
+    for old in [*folders[: max(newest - keep, 0)], *folders[newest:]]:
         shutil.rmtree(old)
     return path
 

@@ -187,14 +187,22 @@ class Trainer:
         chosen = windows_after(cursor, settings.windows_per_step, self._builder.num_windows)
         mine = chosen[self._accelerator.process_index :: self._accelerator.num_processes]
         windows = [self._builder.build(epoch, index) for epoch, index in mine]
-        result = run_step(
-            self._accelerator,
-            self._model,
-            self._optimizer,
-            windows,
-            settings.windows_per_device,
-            settings.max_grad_norm,
-        )
+        try:
+            result = run_step(
+                self._accelerator,
+                self._model,
+                self._optimizer,
+                windows,
+                settings.windows_per_device,
+                settings.max_grad_norm,
+            )
+        except torch.OutOfMemoryError as error:
+            raise ResourceError(
+                f"out of memory in training step {step + 1}",
+                where="train",
+                got=f"{settings.windows_per_device} x {self._builder.length} tokens in one pass",
+                hint="Use train.windows_per_device=1, train.activation_checkpointing=true or skip-wise windows.",
+            ) from error
         seconds = time.perf_counter() - started
         return StepMetrics(
             step=step + 1,

@@ -61,10 +61,10 @@ class Training:
     steps: int = 1000
     windows_per_step: int = 32
     num_windows: int = 8192
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
     warmup_steps: int = 50
     weight_decay: float = 0.05
-    answer_weight: float = 0.5
+    answer_weight: float = 0.9
     seed: int = 20
 
 

@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,12 +14,12 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
+from support import child_environment, cli, json_lines, write_suite
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ctxext.evaluation.statistics import PairedComparison, mcnemar
 from ctxext.evaluation.store import load_samples
 from ctxext.files import shipped_directory
-from support import child_environment, cli, json_lines, write_suite
 
 ARMS = {"base": "before", "untrained": "untrained", "control": "control", "extended": "after"}
 LENGTHS = [120, 248, 376, 504]
@@ -74,13 +73,13 @@ def run_tiny(folder: Path, arguments: list[str]) -> subprocess.CompletedProcess[
 
 
 @pytest.fixture(scope="module")
-def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyRun]:
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
     folder = tmp_path_factory.mktemp("tiny")
     rows = [{"length": length, "depths": DEPTHS, "samples": SAMPLES} for length in LENGTHS]
     suite = write_suite(folder / "suite.yaml", *rows)
     output = folder / "run"
     arguments = [f"output_dir={output}", f"evaluation.suite={suite}", "evaluation.recorded=null"]
-    yield TinyRun(folder, output, arguments, run_tiny(folder, arguments))
+    return TinyRun(folder, output, arguments, run_tiny(folder, arguments))
 
 
 def test_the_whole_job_ends_well(tiny_run: TinyRun) -> None:

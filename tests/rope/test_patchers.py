@@ -143,6 +143,14 @@ def test_the_forward_pass_agrees_with_a_config_written_by_hand() -> None:
         assert (unscaled(ids).logits - expected).abs().max() > 1e-3
 
 
+def edited(config: PreTrainedConfig, **values: Any) -> PreTrainedConfig:
+    """A config as a careless writer leaves it behind; constructors check more than files do."""
+    config = copy.deepcopy(config)
+    for key, value in values.items():
+        setattr(config, key, value)
+    return config
+
+
 REFUSED: dict[str, tuple[PreTrainedConfig, str]] = {
     "gpt2": (GPT2Config(), "learned absolute positions"),
     "opt": (OPTConfig(), "learned absolute positions"),
@@ -168,8 +176,9 @@ REFUSED: dict[str, tuple[PreTrainedConfig, str]] = {
     "yarn-scaled": (extend_config(FAMILIES["llama"], target_length=256), "already scaled; got 'yarn'"),
     "one rope per layer type": (Gemma3TextConfig(), "one RoPE per layer type"),
     "phi3, which takes longrope alone": (Phi3Config(**GROUPED, pad_token_id=0), "phi3"),
-    "odd rotary dimension": (LlamaConfig(**GROUPED, head_dim=15), "must be even"),
-    "no length": (LlamaConfig(**{**GROUPED, "max_position_embeddings": 0}), "how many positions"),
+    "odd rotary dimension": (edited(FAMILIES["llama"], head_dim=15), "must be even"),
+    "no length": (edited(FAMILIES["llama"], max_position_embeddings=0), "how many positions"),
+    "no base": (edited(FAMILIES["llama"], rope_parameters={"rope_type": "default"}), "RoPE base"),
 }
 
 
