@@ -11,6 +11,8 @@ BIN := $(VENV)/bin
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 TORCH_OPTIONS := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 STAMP := $(VENV)/.installed
+# Each test process computes on one thread: two processes use two cores, without threads waiting for each other.
+TEST_PROCESSES ?= 2
 
 .PHONY: quickstart tiny test lint record-quickstart clean
 
@@ -23,7 +25,7 @@ tiny: $(STAMP)
 	$(BIN)/ctxext extend tiny $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

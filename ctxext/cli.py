@@ -187,7 +187,6 @@ def main() -> None:
     """Entry point: expected errors become one message and an exit code; anything else is a bug with a traceback."""
     # Libraries ask the hub for updates and print progress of their own; neither belongs into this program's output.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
         app(standalone_mode=True)

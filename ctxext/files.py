@@ -12,14 +12,15 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ctxext.errors import ArtefactError, ResourceError
 
 MANIFEST_NAME = "manifest.json"
 _PARTIAL_MARK = ".partial-"
+_RETIRED_MARK = ".retired-"
 
 
 def sha256_bytes(data: bytes) -> str:
@@ -75,7 +76,8 @@ def write_bytes_atomic(path: Path, data: bytes) -> None:
         os.replace(partial, path)
         _sync_directory(path.parent)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # where nothing can be written, there may be nothing to remove either
+            partial.unlink()
         raise _disk_error("could not write", path, error) from error
 
 
@@ -114,12 +116,20 @@ def append_json_line(path: Path, value: Any) -> None:
     line = canonical_json(value) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab") as stream:
+        with path.open("a+b") as stream:
+            # A kill can take the end of the last line, the newline alone included; two records never share a line.
+            if stream.tell() and not _ends_with_newline(stream):
+                stream.write(b"\n")
             stream.write(line.encode())
             stream.flush()
             os.fsync(stream.fileno())
     except OSError as error:
         raise _disk_error("could not append to", path, error) from error
+
+
+def _ends_with_newline(stream: BinaryIO) -> bool:
+    stream.seek(-1, os.SEEK_END)
+    return stream.read(1) == b"\n"
 
 
 def read_json_lines(path: Path) -> list[Any]:
@@ -178,9 +188,13 @@ def directory_atomic(destination: Path, *, replace: bool = False) -> Iterator[Pa
                 os.close(descriptor)
         _sync_directory(partial)
         if destination.exists():
-            retired = _partial_path(destination)
+            retired = destination.with_name(f"{destination.name}{_RETIRED_MARK}{secrets.token_hex(4)}")
             os.replace(destination, retired)
-            os.replace(partial, destination)
+            try:
+                os.replace(partial, destination)
+            except BaseException:
+                os.replace(retired, destination)
+                raise
             shutil.rmtree(retired)
         else:
             os.replace(partial, destination)
@@ -194,7 +208,13 @@ def directory_atomic(destination: Path, *, replace: bool = False) -> Iterator[Pa
 
 
 def remove_partials(parent: Path) -> None:
-    """Remove what killed writers left in `parent`."""
+    """Remove what killed writers left in `parent`, and put back a folder that was about to be replaced."""
+    for retired in parent.glob(f"*{_RETIRED_MARK}*"):
+        destination = retired.with_name(retired.name.partition(_RETIRED_MARK)[0])
+        if destination.exists():
+            shutil.rmtree(retired, ignore_errors=True)
+        else:
+            os.replace(retired, destination)
     for leftover in parent.glob(f"*{_PARTIAL_MARK}*"):
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
@@ -247,8 +267,12 @@ def safe_join(root: Path, relative: str) -> Path:
     Raises:
         ArtefactError: the path is absolute or climbs out of `root`.
     """
-    joined = (root / relative).resolve()
-    if not joined.is_relative_to(root.resolve()):
+    try:
+        joined = (root / relative).resolve()
+        inside = joined.is_relative_to(root.resolve())
+    except (OSError, RuntimeError, ValueError):  # NUL, half a surrogate pair, a loop of links
+        inside = False
+    if not inside:
         raise ArtefactError("the path leaves its folder", where=str(root), got=relative)
     return joined
 

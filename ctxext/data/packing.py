@@ -42,6 +42,16 @@ class PackedWindow:
     num_facts: int
 
 
+@dataclass(frozen=True)
+class _Window:
+    """Token ids, where documents begin, and the first and last index at which the required gap may lie."""
+
+    ids: list[int]
+    document_starts: list[int]
+    earliest_cut: int
+    latest_cut: int
+
+
 class WindowBuilder:
     """Builds window number `index` of epoch `epoch` as a pure function of both, the stream and the data block."""
 
@@ -70,18 +80,17 @@ class WindowBuilder:
         rng = random.Random(f"window/{self._data.seed}/{epoch}/{index}")
         begin = index * self.length
         text = [int(token) for token in self._stream.ids[begin : begin + self.length]]
-        facts = self._data.facts
-        if facts is not None and rng.random() < facts.share:
-            ids, earliest_cut, latest_cut = self._with_facts(text, rng)
-            num_facts = facts.per_window
-        else:
-            ids, earliest_cut, latest_cut, num_facts = text, 1, self.length - 1, 0
         starts = self._stream.document_starts
         inside = starts[np.searchsorted(starts, begin) : np.searchsorted(starts, begin + self.length)] - begin
-        return PackedWindow(ids, self._positions(earliest_cut, latest_cut, rng), [int(i) for i in inside], num_facts)
+        window = _Window(text, [int(start) for start in inside], 1, self.length - 1)
+        facts, num_facts = self._data.facts, 0
+        if facts is not None and rng.random() < facts.share:
+            window, num_facts = self._with_facts(window, rng), facts.per_window
+        positions = self._positions(window.earliest_cut, window.latest_cut, rng)
+        return PackedWindow(window.ids, positions, window.document_starts, num_facts)
 
-    def _with_facts(self, text: list[int], rng: random.Random) -> tuple[list[int], int, int]:
-        """Ids with facts, and the range in which a gap separates every statement from the questions."""
+    def _with_facts(self, text: _Window, rng: random.Random) -> _Window:
+        """`text` with facts, and a range of cuts in which a gap separates every statement from the questions."""
         assert self._data.facts is not None
         facts = [make_fact(self._data.facts.style, rng) for _ in range(self._data.facts.per_window)]
         statements = [encode_plain(self._tokenizer, fact.statement) for fact in facts]
@@ -96,13 +105,19 @@ class WindowBuilder:
                 got=self._data.facts.per_window,
                 expected="fewer facts or longer windows",
             )
-        body = text[:room]
+        body = text.ids[:room]
         # Statements are placed from the back, so that earlier places stay valid; depths 0 and 1 are both reached.
         places = sorted((self._sentence_ends.nearest(body, rng.randint(0, room)) for _ in statements), reverse=True)
         for place, statement in zip(places, statements, strict=True):
             body[place:place] = statement
+        # All documents that begin behind a statement move by its length.
+        starts = [
+            start + sum(len(statement) for place, statement in zip(places, statements, strict=True) if place <= start)
+            for start in text.document_starts
+            if start < room
+        ]
         last_statement_end = places[0] + sum(len(statement) for statement in statements)
-        return body + tail, min(last_statement_end, len(body)), len(body)
+        return _Window(body + tail, starts, min(last_statement_end, len(body)), len(body))
 
     def _positions(self, earliest_cut: int, latest_cut: int, rng: random.Random) -> list[int]:
         windows = self._data.windows

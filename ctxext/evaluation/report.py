@@ -100,7 +100,8 @@ def terminal_table(arms: Sequence[Arm], facts: ReportFacts) -> tuple[Table, list
     """
     rows = table_rows(arms, original_length=facts.original_length)
     lengths = sorted({length for row in rows for length in row.by_length})
-    table = Table(title=f"Right answers by length (original {facts.original_length:,}, target {facts.target_length:,})")
+    title = f"Right answers by length (original {facts.original_length:,}, target {facts.target_length:,})"
+    table = Table(title=title, title_justify="left", caption_justify="left", min_width=len(title))
     table.add_column("arm")
     for length in lengths:
         table.add_column(f"{length_label(length)}{' *' if length > facts.original_length else ''}", justify="right")

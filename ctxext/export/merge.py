@@ -18,12 +18,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from ctxext.errors import ArtefactError
 from ctxext.export.checkpoint import write_both_forms
 from ctxext.files import directory_atomic, require_free_space, write_json_atomic, write_manifest
-from ctxext.model.load import choose_device, choose_dtype, load_model, load_tokenizer, quiet, resolve_source
+from ctxext.model.load import choose_device, choose_dtype, load_model, load_tokenizer, quiet
 from ctxext.rope.families import text_config
 from ctxext.rope.verify import RopeVerification, verify_positions
 from ctxext.train.adapter import (
     PROVENANCE_NAME,
     adapter_config,
+    base_of,
     load_adapter,
     read_provenance,
     tensor_write_errors,
@@ -130,7 +131,7 @@ def merge_adapter(adapter: Path, destination: Path, dtype: str = "auto") -> Merg
         raise ArtefactError("the destination exists already", where=str(destination), hint="Choose another folder.")
     provenance = read_provenance(adapter)
     config = adapter_config(adapter)
-    source = resolve_source(provenance["base"]["source"], provenance["base"].get("revision"))
+    source = base_of(provenance)
     device = choose_device()
     model = load_model(source, config, dtype=choose_dtype(dtype, device), device=device)
     verify_positions(model, config)

@@ -229,7 +229,7 @@ def _evaluate_untrained(job: _Job) -> None:
 def _provenance(job: _Job, method: RopeMethod) -> dict[str, Any]:
     resolved = method.resolved(job.plan.original_length, job.plan.target_length)
     return {
-        "base": {"source": job.source.name, "revision": job.source.revision},
+        "base": {"source": job.source.name, "revision": job.source.revision, "fingerprint": job.plan.weights},
         "method": resolved.model_dump(mode="json"),
         "original_length": job.plan.original_length,
         "target_length": job.plan.target_length,

@@ -15,7 +15,7 @@ from ctxext.rope.families import text_config
 from ctxext.rope.methods import RopeMethod, create_method
 from ctxext.rope.patchers import apply_method
 from ctxext.rope.verify import verify_positions
-from ctxext.train.adapter import PROVENANCE_NAME, adapter_config, load_adapter, read_provenance
+from ctxext.train.adapter import PROVENANCE_NAME, adapter_config, base_of, load_adapter, read_provenance
 
 
 def verify_checkpoint(folder: Path) -> Iterator[str]:
@@ -39,7 +39,7 @@ def verify_checkpoint(folder: Path) -> Iterator[str]:
     if (folder / "adapter_config.json").is_file():
         config = adapter_config(folder)
         provenance = read_provenance(folder)
-        source = resolve_source(provenance["base"]["source"], provenance["base"].get("revision"))
+        source = base_of(provenance)
         model = load_model(source, config, dtype=dtype, device=device)
         load_adapter(folder, model)
         yield f"adapter fits its base {source.name}"
@@ -51,7 +51,7 @@ def verify_checkpoint(folder: Path) -> Iterator[str]:
         model = load_model(source, config, dtype=dtype, device=device)
     if (folder / PROVENANCE_NAME).is_file():
         provenance = read_provenance(folder)
-        source = resolve_source(provenance["base"]["source"], provenance["base"].get("revision"))
+        source = base_of(provenance)
         asked = dict(provenance["method"])
         method: RopeMethod = create_method(asked.pop("method"), **asked)
         config = apply_method(load_config(source), method, provenance["target_length"])

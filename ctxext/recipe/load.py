@@ -27,6 +27,14 @@ KeyPath = tuple[str | int, ...]
 Check = Callable[[dict[str, Any]], Iterable[tuple[KeyPath, str]]]
 
 MAX_BYTES = 1 << 20
+MAX_DEPTH = 32
+_OPENING = (
+    yaml.BlockMappingStartToken,
+    yaml.BlockSequenceStartToken,
+    yaml.FlowMappingStartToken,
+    yaml.FlowSequenceStartToken,
+)
+_CLOSING = (yaml.BlockEndToken, yaml.FlowMappingEndToken, yaml.FlowSequenceEndToken)
 
 
 class _CoreLoader(yaml.SafeLoader):
@@ -118,7 +126,7 @@ def _read_yaml(text: str) -> tuple[Any, dict[KeyPath, int]]:
     try:
         loader = _CoreLoader(text)
         try:
-            problems = list(_unsupported_tokens(text))
+            problems: list[tuple[int | None, str]] = list(_unsupported_tokens(text))
             if problems:
                 raise _UnreadableError(problems)
             node = loader.get_single_node()
@@ -139,12 +147,20 @@ def _read_yaml(text: str) -> tuple[Any, dict[KeyPath, int]]:
         raise _UnreadableError([(None, f"not valid YAML ({type(error).__name__}: {error})")]) from error
 
 
-def _unsupported_tokens(text: str) -> Iterator[tuple[int | None, str]]:
+def _unsupported_tokens(text: str) -> Iterator[tuple[int, str]]:
+    depth = 0
     for token in yaml.scan(text, Loader=_CoreLoader):
+        line = token.start_mark.line + 1
         if isinstance(token, (yaml.AliasToken, yaml.AnchorToken)):
-            yield token.start_mark.line + 1, "anchors and aliases are not supported; write the value out"
+            yield line, "anchors and aliases are not supported; write the value out"
         elif isinstance(token, yaml.TagToken):
-            yield token.start_mark.line + 1, "tags are not supported; a value's form says its type"
+            yield line, "tags are not supported; a value's form says its type"
+        elif isinstance(token, _OPENING):
+            depth += 1
+        elif isinstance(token, _CLOSING):
+            depth -= 1
+        if depth > MAX_DEPTH:  # the time of yaml grows with its square
+            raise _UnreadableError([(line, f"nested more than {MAX_DEPTH} levels deep, which no recipe is")])
 
 
 def _collect_lines(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -227,6 +227,107 @@ class Yarn(RopeMethod):
         return parameters
 
 
+class Ntk(RopeMethod):
+    """NTK-aware scaling (bloc97, 2023; Peng et al. 2023, arXiv:2309.00071, eq. 14): the base grows instead.
+
+    b' = b s^(d / (d - 2)): the fastest dimension keeps its frequency, the slowest is divided by exactly s.
+    """
+
+    summary = "the base theta grows so that the slowest frequency is divided by the factor, the fastest kept"
+    when = "works untrained at small factors; every program reads it, because only theta changes"
+    source = "arXiv:2309.00071"
+
+    method: Literal["ntk"] = "ntk"
+
+    def new_theta(self, base: BaseRope) -> float:
+        """b' = b s^(d / (d - 2))."""
+        if base.rotary_dim < 4:
+            raise UsageError(
+                "NTK-aware scaling needs at least 4 rotary dimensions", where="rope.method", got=base.rotary_dim
+            )
+        return float(base.theta * self._factor() ** (base.rotary_dim / (base.rotary_dim - 2)))
+
+    def inv_freq(self, base: BaseRope) -> npt.NDArray[np.float64]:
+        return replace(base, theta=self.new_theta(base)).inv_freq()
+
+    def rope_parameters(self, base: BaseRope) -> dict[str, Any]:
+        return {**self._common(base, "default"), "rope_theta": self.new_theta(base)}
+
+
+class AdjustedTheta(Ntk):
+    """Adjusted base frequency (Xiong et al. 2023, arXiv:2309.16039): a larger theta, trained.
+
+    Either `theta` itself, or `multiple` times the NTK-aware value; practitioners use 2 to 4 times.
+    """
+
+    summary = "a larger base theta, given or as a multiple of the NTK-aware value"
+    when = "for long training at the new length (Llama 3, ProLong); weak untrained"
+    source = "arXiv:2309.16039"
+
+    method: Literal["theta"] = "theta"  # type: ignore[assignment]
+    theta: Annotated[float, Field(gt=1)] | None = None
+    multiple: Annotated[float, Field(ge=1)] = 2.0
+
+    @model_validator(mode="after")
+    def _theta_or_multiple(self) -> Self:
+        if self.theta is not None and "multiple" in self.model_fields_set:
+            raise ValueError("give theta or multiple, not both")
+        return self
+
+    def new_theta(self, base: BaseRope) -> float:
+        """The given theta, which must be above the base's, or the multiple of the NTK-aware value."""
+        if self.theta is None:
+            return self.multiple * super().new_theta(base)
+        if self.theta <= base.theta:
+            raise UsageError(
+                "rope.theta does not extend the model",
+                where="rope.theta",
+                got=self.theta,
+                expected=f"above {base.theta:g}",
+            )
+        return self.theta
+
+
+class Llama3(RopeMethod):
+    """Llama 3.1's scaling (Dubey et al. 2024, arXiv:2407.21783; `apply_scaling` of Meta's llama-models).
+
+    By wavelength: below L / high_freq_factor a frequency is kept, above L / low_freq_factor divided by s, in between
+    interpolated linearly in L / wavelength.
+    """
+
+    summary = "kept, interpolated or divided by the factor, by wavelength against the original length"
+    when = "to match Llama 3.1 checkpoints; close to YaRN without its attention factor"
+    source = "arXiv:2407.21783"
+
+    method: Literal["llama3"] = "llama3"
+    low_freq_factor: Annotated[float, Field(gt=0)] = 1.0
+    high_freq_factor: Annotated[float, Field(gt=0)] = 4.0
+
+    @model_validator(mode="after")
+    def _factors_in_order(self) -> Self:
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"high_freq_factor ({self.high_freq_factor:g}) must be greater than "
+                f"low_freq_factor ({self.low_freq_factor:g})"
+            )
+        return self
+
+    def inv_freq(self, base: BaseRope) -> npt.NDArray[np.float64]:
+        unscaled = base.inv_freq()
+        turns = base.original_length * unscaled / (2 * math.pi)
+        kept = np.clip((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor), 0.0, 1.0)
+        return np.asarray(unscaled * (kept + (1.0 - kept) / self._factor()))
+
+    def rope_parameters(self, base: BaseRope) -> dict[str, Any]:
+        return {
+            **self._common(base, "llama3"),
+            "factor": self._factor(),
+            "original_max_position_embeddings": base.original_length,
+            "low_freq_factor": self.low_freq_factor,
+            "high_freq_factor": self.high_freq_factor,
+        }
+
+
 class NoRewrite(RopeMethod):
     """The control arm of an experiment: only the allowed length changes, every frequency stays."""
 
@@ -244,9 +345,20 @@ class NoRewrite(RopeMethod):
         return self._common(base, "default")
 
 
-AnyRopeMethod = Annotated[Linear | Yarn | NoRewrite, Field(discriminator="method")]
+AnyRopeMethod = Annotated[Linear | Ntk | AdjustedTheta | Yarn | Llama3 | NoRewrite, Field(discriminator="method")]
 
-METHODS: dict[str, type[RopeMethod]] = {"linear": Linear, "yarn": Yarn, "none": NoRewrite}
+METHODS: dict[str, type[RopeMethod]] = {
+    "linear": Linear,
+    "ntk": Ntk,
+    "theta": AdjustedTheta,
+    "yarn": Yarn,
+    "llama3": Llama3,
+    "none": NoRewrite,
+}
+
+
+# Rope types that `method_from_rope_parameters` understands; `ntk` and `theta` are `default` with another theta.
+READABLE_TYPES = ("default", "linear", "yarn", "llama3")
 
 
 def create_method(name: str, **parameters: Any) -> RopeMethod:
@@ -266,7 +378,7 @@ def create_method(name: str, **parameters: Any) -> RopeMethod:
         key = ".".join(str(part) for part in first["loc"])
         accepted = ", ".join(sorted(set(METHODS[name].model_fields) - {"method"}))
         raise UsageError(
-            f"bad parameter for method '{name}': {first['msg']}",
+            f"bad parameter for method '{name}': {first['msg'].removeprefix('Value error, ')}",
             where=key or name,
             got=first.get("input") if key else None,
             expected=f"parameters of {name}: {accepted}",
@@ -293,4 +405,10 @@ def method_from_rope_parameters(parameters: dict[str, Any]) -> RopeMethod:
             attention_factor=None if given is None else float(given),
             truncate=bool(parameters.get("truncate", True)),
         )
-    raise unknown_name("rope_type", str(rope_type), ("default", "linear", "yarn"))
+    if rope_type == "llama3":
+        return Llama3(
+            factor=float(parameters["factor"]),
+            low_freq_factor=float(parameters["low_freq_factor"]),
+            high_freq_factor=float(parameters["high_freq_factor"]),
+        )
+    raise unknown_name("rope_type", str(rope_type), READABLE_TYPES)

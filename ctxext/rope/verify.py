@@ -15,7 +15,7 @@ import torch
 
 from ctxext.errors import PositionsNotInEffectError, UnsupportedModelError
 from ctxext.rope.families import text_config
-from ctxext.rope.methods import BaseRope, RopeTable, method_from_rope_parameters
+from ctxext.rope.methods import READABLE_TYPES, BaseRope, RopeTable, method_from_rope_parameters
 
 # transformers computes b^(2i/d) in float32: rounding the exponent is worth up to ln(b) * 6e-8, 8e-7 for b = 1e6.
 RELATIVE_TOLERANCE = 3e-6
@@ -48,7 +48,7 @@ def reference_table(config: Any) -> RopeTable:
     """
     text = text_config(config)
     parameters = getattr(text, "rope_parameters", None) or {}
-    if "rope_theta" not in parameters or parameters.get("rope_type") not in ("default", "linear", "yarn"):
+    if "rope_theta" not in parameters or parameters.get("rope_type") not in READABLE_TYPES:
         raise UnsupportedModelError(
             "this version has no reference for the model's RoPE",
             where=f"{text.model_type}.rope_parameters",

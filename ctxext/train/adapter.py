@@ -19,7 +19,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ctxext.errors import ArtefactError, ResourceError
 from ctxext.files import directory_atomic, read_json, verify_manifest, write_json_atomic, write_manifest
-from ctxext.model.load import quiet
+from ctxext.model.load import ModelSource, load_config, quiet, resolve_source, weights_fingerprint
 
 PROVENANCE_NAME = "ctxext.json"
 
@@ -101,6 +101,27 @@ def read_provenance(folder: Path) -> dict[str, Any]:
     if not isinstance(provenance, dict) or "base" not in provenance or "target_length" not in provenance:
         raise ArtefactError("ctxext.json is incomplete", where=str(folder / PROVENANCE_NAME))
     return provenance
+
+
+def base_of(provenance: dict[str, Any]) -> ModelSource:
+    """The base model that a folder was made from.
+
+    Raises:
+        ArtefactError: it is not there, or holds other weights by now.
+    """
+    base = provenance["base"]
+    source = resolve_source(base["source"], base.get("revision"))
+    expected = base.get("fingerprint")
+    if expected is not None:
+        actual = weights_fingerprint(source, load_config(source))
+        if actual != expected:
+            raise ArtefactError(
+                "the base model's weights are not the ones that were trained on",
+                where=source.name,
+                got=actual,
+                expected=f"weights with the fingerprint {expected}",
+            )
+    return source
 
 
 def adapter_config(folder: Path) -> PreTrainedConfig:

@@ -1,0 +1,244 @@
+"""Real kills and a real full disk: nothing finished is lost, and going on gives what an undisturbed run gives."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+from support import SilentReporter, child_environment, cli, file_size_limit, json_lines, make_job, run_cli
+
+from ctxext.errors import InterruptedRunError, ResourceError, exit_code_of
+from ctxext.files import verify_manifest
+from ctxext.pipeline.extend import extend
+from ctxext.train.checkpoint import newest_checkpoint
+
+STEPS = 150
+
+
+def long_job(folder: Path) -> Path:
+    """A recipe whose training takes a few seconds: long enough to be caught in the middle."""
+    job = make_job(folder)
+    values = yaml.safe_load(job.recipe_path.read_text())
+    values["model"]["source"], values["output_dir"], values["evaluation"]["suite"] = "models/tiny", "run", "suite.yaml"
+    values["data"] = {"sources": [{"kind": "generated-words"}]}
+    values["lora"]["dropout"] = 0.1  # random numbers are drawn in every step, so their state must be resumed too
+    values["train"] |= {"steps": STEPS, "windows_per_step": 4, "windows_per_device": 2, "checkpoint_every": 7}
+    job.recipe_path.write_text(yaml.safe_dump(values))
+    return folder
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    """The command as a user starts it, in the background."""
+    return subprocess.Popen(
+        cli(*arguments),
+        cwd=folder,
+        env=child_environment(),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 300) -> None:
+    """Until something has happened in a running process."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if process.poll() is not None:
+            raise AssertionError(f"ended too early with {process.returncode}: {process.communicate()}")
+        if time.monotonic() > deadline:
+            process.kill()
+            raise AssertionError("waited in vain")
+        time.sleep(0.005)
+
+
+def num_lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def stop_in_training(folder: Path, at_step: int, number: signal.Signals) -> tuple[int, str]:
+    """Start training, send a signal once a step is finished, and return exit code and error output."""
+    process = start(folder, "train", "recipe.yaml")
+    wait_for(lambda: num_lines(folder / "run" / "metrics.jsonl") >= at_step, process)
+    os.kill(process.pid, number)
+    _, errors = process.communicate(timeout=300)
+    return process.returncode, errors
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of a training that nothing interrupted."""
+    folder = long_job(tmp_path_factory.mktemp("undisturbed"))
+    finished = run_cli("train", "recipe.yaml", cwd=folder)
+    assert finished.returncode == 0, finished.stderr
+    return folder / "run"
+
+
+def assert_equal_runs(run: Path, expected: Path) -> None:
+    """Weights equal to the bit; every step once, with equal numbers."""
+    mine, theirs = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (run, expected))
+    assert mine.keys() == theirs.keys()
+    assert len(mine) == 28
+    for name, tensor in theirs.items():
+        assert mine[name].equal(tensor), name
+    lines, expected_lines = json_lines(run / "metrics.jsonl"), json_lines(expected / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    for key in ("loss", "grad_norm", "learning_rate", "num_tokens"):
+        assert [line[key] for line in lines] == [line[key] for line in expected_lines], key
+
+
+def test_a_training_killed_with_kill_9_goes_on_to_the_same_bits(undisturbed: Path, tmp_path: Path) -> None:
+    folder = long_job(tmp_path)
+    code, _ = stop_in_training(folder, 40, signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    steps_before = num_lines(folder / "run" / "metrics.jsonl")
+    assert 40 <= steps_before < STEPS
+    assert not (folder / "run" / "adapter").exists()
+    again = run_cli("train", "recipe.yaml", cwd=folder)
+    assert again.returncode == 0, again.stderr
+    resumed = next(line for line in again.stdout.splitlines() if "resumed at step" in line)
+    assert steps_before - 7 <= int(resumed.split("resumed at step ")[1].split()[0]) <= steps_before
+    assert_equal_runs(folder / "run", undisturbed)
+
+
+def test_sigterm_and_sigint_save_the_finished_step_and_going_on_gives_the_same_bits(
+    undisturbed: Path, tmp_path: Path
+) -> None:
+    folder = long_job(tmp_path)
+    for number, code, at_step in ((signal.SIGTERM, 143, 20), (signal.SIGINT, 130, 60)):
+        returned, errors = stop_in_training(folder, at_step, number)
+        assert returned == code, errors
+        finished = num_lines(folder / "run" / "metrics.jsonl")
+        assert at_step <= finished < STEPS
+        checkpoint, messages = newest_checkpoint(folder / "run" / "checkpoints")
+        assert checkpoint is not None
+        assert (checkpoint.state.step, messages) == (finished, [])
+        expected = f"ctxext: stopped by {number.name}; step {finished} of {STEPS} is saved. Run the same command again"
+        assert errors.strip().startswith(expected)
+        assert len(errors.strip().splitlines()) == 1
+        status = json.loads((folder / "run" / "status.json").read_text())
+        assert status["exit_code"] == code
+    extend_in(folder)
+    assert_equal_runs(folder / "run", undisturbed)
+
+
+def extend_in(folder: Path) -> None:
+    finished = run_cli("train", "recipe.yaml", cwd=folder)
+    assert finished.returncode == 0, finished.stderr
+
+
+def test_an_evaluation_killed_with_kill_9_keeps_every_finished_sample(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    depths = [number / 20 for number in range(21)]
+    job = make_job(
+        tmp_path, rows=[{"length": length, "depths": depths, "samples": 10} for length in (250, 100)], max_new_tokens=32
+    )
+    stored = tmp_path / "evaluation" / "samples.jsonl"
+    process = start(tmp_path, "eval", "models/tiny", "--suite", "suite.yaml", "--output", "evaluation")
+    wait_for(lambda: num_lines(stored) >= 40, process)
+    process.kill()
+    process.communicate(timeout=60)
+    finished = stored.read_bytes()
+    finished = finished[: finished.rindex(b"\n") + 1]
+    assert 40 <= finished.count(b"\n") < 420
+    from ctxext.pipeline.evaluate import evaluate_model
+
+    monkeypatch.chdir(tmp_path)
+    evaluate_model(
+        "models/tiny",
+        suite=str(job.folder / "suite.yaml"),
+        output="evaluation",
+        revision=None,
+        dtype="auto",
+        reporter=SilentReporter(),
+    )
+    assert stored.read_bytes().startswith(finished)
+    names = [line["sample_id"] for line in json_lines(stored)]
+    assert len(names) == len(set(names)) == 420
+
+
+def test_a_signal_between_samples_of_an_evaluation_keeps_what_is_finished(tmp_path: Path) -> None:
+    job = make_job(tmp_path, rows=[{"length": 200, "depths": [0.0, 0.25, 0.5, 0.75, 1.0], "samples": 1}])
+
+    class Interrupting(SilentReporter):
+        def __post_init__(self) -> None:
+            self.samples = _SignalAfterFirst()
+
+    with pytest.raises(InterruptedRunError, match="finished samples are saved") as caught:
+        extend(job.recipe(), Interrupting())
+    assert exit_code_of(caught.value) == 143
+    stored = job.output / "eval" / "before" / "samples.jsonl"
+    first = stored.read_text()
+    assert len(first.splitlines()) >= 1
+    extend(job.recipe(), SilentReporter())
+    assert stored.read_text().startswith(first)
+    assert len(json_lines(stored)) == 5
+
+
+class _SignalAfterFirst(list):  # type: ignore[type-arg]
+    def append(self, value: object) -> None:
+        super().append(value)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+
+
+def test_a_full_disk_during_a_save_keeps_the_last_checkpoint_and_the_run_goes_on_later(tmp_path: Path) -> None:
+    plain = make_job(tmp_path / "plain")
+    extend(plain.recipe("train.steps=8"), SilentReporter(), last_stage="train")
+    job = make_job(tmp_path / "full")
+    recipe = job.recipe("train.steps=8", f"model.source={plain.folder}/models/tiny")
+    # Small files still fit, tensors do not.
+    limit = file_size_limit(8_000)
+
+    def fill_the_disk(metrics: object) -> None:
+        if metrics.step == 5:  # type: ignore[attr-defined]
+            limit.__enter__()
+
+    try:
+        with pytest.raises(ResourceError, match="could not write the tensors") as caught:
+            extend(recipe, SilentReporter(on_step=fill_the_disk), last_stage="train")
+    finally:
+        limit.__exit__(None, None, None)
+    assert exit_code_of(caught.value) == 4
+    assert json.loads((job.output / "status.json").read_text())["exit_code"] == 4
+    checkpoints = sorted(path.name for path in (job.output / "checkpoints").iterdir())
+    assert checkpoints == ["step-000002", "step-000004"]
+    for name in checkpoints:
+        verify_manifest(job.output / "checkpoints" / name)
+    assert len(json_lines(job.output / "metrics.jsonl")) == 6
+    reporter = SilentReporter()
+    extend(recipe, reporter, last_stage="train")
+    assert [start.resumed_step for start in reporter.starts] == [4]
+    mine, theirs = (load_file(j.output / "adapter" / "adapter_model.safetensors") for j in (job, plain))
+    assert all(mine[name].equal(tensor) for name, tensor in theirs.items())
+    assert [line["step"] for line in json_lines(job.output / "metrics.jsonl")] == list(range(1, 9))
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_and_the_run_ends_in_the_same_bits(tmp_path: Path) -> None:
+    plain = make_job(tmp_path / "plain")
+    extend(plain.recipe("train.steps=8"), SilentReporter(), last_stage="train")
+    job = make_job(tmp_path / "damaged")
+
+    def stop(metrics: object) -> None:
+        if metrics.step == 5:  # type: ignore[attr-defined]
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(InterruptedRunError):
+        extend(job.recipe("train.steps=8"), SilentReporter(on_step=stop), last_stage="train")
+    newest = job.output / "checkpoints" / "step-000005" / "optimizer.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    reporter = SilentReporter()
+    extend(job.recipe("train.steps=8"), reporter, last_stage="train")
+    (start,) = reporter.starts
+    assert start.resumed_step == 4
+    assert "skipped a damaged checkpoint" in start.messages[0]
+    mine, theirs = (load_file(j.output / "adapter" / "adapter_model.safetensors") for j in (job, plain))
+    assert all(mine[name].equal(tensor) for name, tensor in theirs.items())
