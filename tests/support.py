@@ -75,7 +75,8 @@ def save_tiny_model(folder: Path, seed: int = 0, **changes: Any) -> Path:
 
 def write_suite(path: Path, *rows: Mapping[str, Any], **changes: Any) -> Path:
     """A suite of pass keys in generated words; one sample in two places of 100 and of 240 tokens by default."""
-    grid = [dict(row) for row in rows] or [
+    # Copies of the lists: YAML would write the second use of one as an alias, which a suite must not have.
+    grid = [{**row, "depths": [*row["depths"]]} for row in rows] or [
         {"length": 100, "depths": [0.0, 0.5], "samples": 1},
         {"length": 240, "depths": [0.0, 0.5], "samples": 1},
     ]
@@ -140,9 +141,10 @@ def make_job(folder: Path, *, model_seed: int = 0, **suite: Any) -> Job:
 
 @dataclass
 class SilentReporter:
-    """Keeps what a run tells; `on_step` is called after every training step."""
+    """Keeps what a run tells; `on_step` and `on_sample` are called after every training step and every answer."""
 
     on_step: Callable[[StepMetrics], None] | None = None
+    on_sample: Callable[[SampleResult], None] | None = None
     messages: list[str] = field(default_factory=list)
     stages: list[str] = field(default_factory=list)
     starts: list[TrainStart] = field(default_factory=list)
@@ -159,7 +161,12 @@ class SilentReporter:
 
     @contextmanager
     def evaluation(self, title: str, samples: list[Sample]) -> Iterator[Callable[[SampleResult], None]]:
-        yield self.samples.append
+        def keep(result: SampleResult) -> None:
+            self.samples.append(result)
+            if self.on_sample is not None:
+                self.on_sample(result)
+
+        yield keep
 
     @contextmanager
     def training(self, title: str, steps: int) -> Iterator[TrainHooks]:
@@ -182,7 +189,9 @@ def cli(*arguments: str) -> list[str]:
 
 def run_cli(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Run the command line to its end."""
-    return subprocess.run(cli(*arguments), cwd=cwd, env=child_environment(), text=True, capture_output=True, timeout=300)
+    return subprocess.run(
+        cli(*arguments), cwd=cwd, env=child_environment(), text=True, capture_output=True, timeout=300
+    )
 
 
 def json_lines(path: Path) -> list[dict[str, Any]]:

@@ -78,7 +78,7 @@ class ConsoleReporter:
                 self.console.print(board.line(result))
 
             yield plain
-            self.console.print(board.table())
+            self.console.print(board.heading(), board.table())
             return
         with Live(board.render(), console=self.console, refresh_per_second=2, get_renderable=board.render) as live:
 
@@ -202,14 +202,16 @@ class _Board:
         )
 
     def render(self) -> Group:
-        return Group(
-            self.table(), Text(f"  {len(self._results)} of {self._total} samples, {self.remaining()}", style="dim")
-        )
+        left = Text(f"  {len(self._results)} of {self._total} samples, {self.remaining()}", style="dim")
+        return Group(self.heading(), self.table(), left)
+
+    def heading(self) -> Text:
+        return Text(f"  {self._title}", style="italic", overflow="ellipsis", no_wrap=True)
 
     def table(self) -> Table:
         lengths = sorted({cell.length_tokens for cell in self._wanted})
         depths = sorted({cell.depth for cell in self._wanted})
-        table = Table(title=f"  {self._title}", title_justify="left", box=None, padding=(0, 1))
+        table = Table(box=None, padding=(0, 1))
         table.add_column("depth")
         for length in lengths:
             table.add_column(f"{length}", justify="right")

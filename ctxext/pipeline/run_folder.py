@@ -9,11 +9,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ctxext.errors import ArtefactError, UsageError
 from ctxext.files import read_json, remove_partials, write_json_atomic, write_text_atomic
-from ctxext.recipe.load import parse_document, validate_document
+from ctxext.recipe.load import parse_document, to_yaml, validate_document
 from ctxext.recipe.schema import Recipe
 
 _PACKAGES = (
@@ -121,7 +119,7 @@ class RunFolder:
 
 def recipe_yaml(recipe: Recipe) -> str:
     """A recipe as YAML with every default written out."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return to_yaml(recipe.model_dump(mode="json"))
 
 
 def environment_facts(device: str, dtype: str) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 from transformers import AutoModelForCausalLM
 
 from ctxext.errors import CtxextError
@@ -18,9 +17,9 @@ from ctxext.model.load import load_config, resolve_source, weights_fingerprint
 from ctxext.model.lora import add_lora, num_trainable
 from ctxext.planning.cost import ModelShape
 from ctxext.recipe.load import KeyPath
-from ctxext.recipe.schema import ModelBlock, Recipe
+from ctxext.recipe.schema import Recipe
 from ctxext.rope.families import base_ropes, text_config
-from ctxext.rope.methods import AnyRopeMethod, RopeMethod
+from ctxext.rope.methods import RopeMethod
 from ctxext.rope.patchers import apply_method
 
 _FLOAT32_BYTES = 4
@@ -191,33 +190,35 @@ def _count_parameters(config: Any, recipe: Recipe) -> _Counts:
 def length_checks(values: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:
     """What can be wrong between recipe and model: checked on plain values, so that it is reported with everything else.
 
-    Yields `(key path, message)`; stays silent about values that the schema itself refuses.
+    Only the values it needs have to be sound; about the others the schema speaks. Yields `(key path, message)`.
     """
-    target = values.get("target_length")
-    try:
-        block = TypeAdapter(ModelBlock).validate_python(values.get("model"))
-        method: RopeMethod = TypeAdapter(AnyRopeMethod).validate_python(values.get("rope", {"method": "yarn"}))
-    except ValidationError:
-        return
-    if not isinstance(target, int) or isinstance(target, bool) or target < 1:
+    model, rope, target = values.get("model"), values.get("rope"), values.get("target_length")
+    source = model.get("source") if isinstance(model, dict) else None
+    revision = model.get("revision") if isinstance(model, dict) else None
+    if not isinstance(source, str) or not source or not isinstance(revision, str | None):
         return
     try:
-        config = load_config(resolve_source(block.source, block.revision))
-        (base,) = base_ropes(config)
+        (base,) = base_ropes(load_config(resolve_source(source, revision)))
     except CtxextError as error:
         yield ("model", "source"), str(error)
+        return
+    if not isinstance(target, int) or isinstance(target, bool) or target < 1:
         return
     if target <= base.original_length:
         yield (
             ("target_length",),
             f"{target} is not above the model's original length {base.original_length}, which it reaches unextended",
         )
-    implied = target / base.original_length
-    if method.factor is not None and not math.isclose(method.factor, implied, rel_tol=1e-6):
+    factor, implied = rope.get("factor") if isinstance(rope, dict) else None, target / base.original_length
+    if (
+        isinstance(factor, int | float)
+        and not isinstance(factor, bool)
+        and not math.isclose(factor, implied, rel_tol=1e-6)
+    ):
         yield (
             ("rope", "factor"),
-            f"{method.factor:g} contradicts target_length {target} / original length {base.original_length} = "
-            f"{implied:g}; leave rope.factor out, it is derived",
+            f"{factor:g} contradicts target_length {target} / original length {base.original_length} = {implied:g}; "
+            "leave rope.factor out, it is derived",
         )
 
 

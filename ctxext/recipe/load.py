@@ -66,6 +66,34 @@ def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
 _CoreLoader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 
 
+class _PlainDumper(yaml.SafeDumper):
+    """SafeDumper that quotes every text which YAML 1.1 or 1.2 would read as something else."""
+
+
+_PlainDumper.yaml_implicit_resolvers = {
+    first: [
+        *yaml.SafeDumper.yaml_implicit_resolvers.get(first, []),
+        *_CoreLoader.yaml_implicit_resolvers.get(first, []),
+    ]
+    for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *_CoreLoader.yaml_implicit_resolvers}
+}
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    # Other styles fold line breaks, of which Unicode has five.
+    style = '"' if re.search("[\n\r\x85\u2028\u2029]", text) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_PlainDumper.add_representer(str, _represent_text)
+
+
+def to_yaml(values: dict[str, Any]) -> str:
+    """Plain values as text that `parse_document` reads back unchanged."""
+    text: str = yaml.dump(values, Dumper=_PlainDumper, sort_keys=False, allow_unicode=True)
+    return text
+
+
 # No file name, no model and no JSON can hold these.
 _UNUSABLE = re.compile("[\x00\ud800-\udfff]")
 _COMMAND_LINE = "command line"
@@ -278,10 +306,9 @@ def _message(path: KeyPath, detail: Any, schema: type[BaseModel]) -> str:
         tag, expected = str(detail["ctx"]["tag"]), str(detail["ctx"]["expected_tags"])
         return f"got '{_shortened(tag)}', expected one of {expected}{_suggestion(tag, _quoted(expected))}"
     message = str(detail["msg"]).removeprefix("Value error, ")
+    suggestion = _suggestion(got, _quoted(message)) if kind == "literal_error" and isinstance(got, str) else ""
     if isinstance(got, (str, int, float, bool, type(None))):
-        message += f" (got {_shortened(repr(got))})"
-    if kind == "literal_error" and isinstance(got, str):
-        message += _suggestion(got, _quoted(message))
+        message += f" (got {_shortened(repr(got))}){suggestion}"
     return message
 
 

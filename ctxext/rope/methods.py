@@ -270,7 +270,8 @@ class AdjustedTheta(Ntk):
 
     @model_validator(mode="after")
     def _theta_or_multiple(self) -> Self:
-        if self.theta is not None and "multiple" in self.model_fields_set:
+        # Compared with the default, not asked whether it was given: a stored recipe has every default written out.
+        if self.theta is not None and self.multiple != type(self).model_fields["multiple"].default:
             raise ValueError("give theta or multiple, not both")
         return self
 

@@ -44,9 +44,7 @@ SHAPE = {
 }
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama": lambda: tiny_config(initializer_range=0.2, eos_token_id=None),
-    "llama with YaRN": lambda: extend_config(
-        tiny_config(initializer_range=0.2, eos_token_id=None), target_length=256
-    ),
+    "llama with YaRN": lambda: extend_config(tiny_config(initializer_range=0.2, eos_token_id=None), target_length=256),
     "qwen3": lambda: Qwen3Config(**SHAPE, num_key_value_heads=1, head_dim=16),
     "gpt_neox": lambda: GPTNeoXConfig(**SHAPE, use_parallel_residual=False),
 }

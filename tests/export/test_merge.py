@@ -125,9 +125,9 @@ def test_no_file_names_a_path_of_this_machine(trained: Path) -> None:
             for foreign in (str(trained), "site-packages", sys.prefix, str(Path.home()), "/tmp/"):
                 assert foreign not in text, (path.name, foreign)
     assert checked >= 9
-    assert json.loads((trained / "run" / "adapter" / "adapter_config.json").read_text())[
-        "base_model_name_or_path"
-    ] == ("models/tiny")
+    assert json.loads((trained / "run" / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == (
+        "models/tiny"
+    )
 
 
 def test_an_adapter_travels_with_the_config_it_was_trained_under(trained: Path) -> None:

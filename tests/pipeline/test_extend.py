@@ -305,9 +305,7 @@ def test_evaluating_a_merged_checkpoint_gives_the_answers_of_the_run(
     job, _ = finished
     arguments: dict[str, Any] = {"suite": str(job.folder / "suite.yaml"), "revision": None, "dtype": "float32"}
     folder = tmp_path / "evaluation"
-    page = evaluate_model(
-        str(job.output / "merged"), output=str(folder), reporter=SilentReporter(), **arguments
-    )
+    page = evaluate_model(str(job.output / "merged"), output=str(folder), reporter=SilentReporter(), **arguments)
     assert page == folder / "report" / "index.html"
     again = {sample.sample_id: (sample.answer_ids, sample.loss_blocks) for sample in load_samples(folder)}
     run = {s.sample_id: (s.answer_ids, s.loss_blocks) for s in load_samples(job.output / "eval" / "after")}
@@ -317,9 +315,7 @@ def test_evaluating_a_merged_checkpoint_gives_the_answers_of_the_run(
     assert len(reporter.samples) == 4
     assert len(json_lines(folder / "samples.jsonl")) == 4
     with pytest.raises(ArtefactError, match="something else.*weights"):
-        evaluate_model(
-            str(job.folder / "models" / "tiny"), output=str(folder), reporter=SilentReporter(), **arguments
-        )
+        evaluate_model(str(job.folder / "models" / "tiny"), output=str(folder), reporter=SilentReporter(), **arguments)
 
 
 def test_a_single_evaluation_is_reported_again_and_never_recorded(

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from ctxext.errors import CtxextError, exit_code_of
 from ctxext.evaluation.suite import Suite
 from ctxext.files import shipped_directory
-from ctxext.recipe.load import Document, apply_overrides, parse_document, validate_document
+from ctxext.recipe.load import Document, apply_overrides, parse_document, to_yaml, validate_document
 from ctxext.recipe.schema import Recipe
 
 SHIPPED = [path.read_text() for path in sorted(shipped_directory("recipes").rglob("*.yaml"))]
@@ -161,3 +161,19 @@ def test_any_depth(depth: int, opening: str, closing: str) -> None:
 
 def test_every_shipped_file_is_mutated() -> None:
     assert len(SHIPPED) >= 5
+
+
+plain_text = st.text(st.characters(blacklist_categories=("Cs", "Cc"), whitelist_characters="\n\t\x85"), max_size=30)
+plain_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(10**28), 10**28) | st.floats(allow_nan=False) | plain_text,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(plain_text, inner, max_size=4),
+    max_leaves=15,
+)
+
+
+@settings(max_examples=200)
+@given(st.dictionaries(plain_text, plain_values, min_size=1, max_size=4))
+def test_written_values_come_back_unchanged(values: dict[str, Any]) -> None:
+    again = parse_document(to_yaml(values), "r.yaml").values
+    assert again == values
+    assert repr(again) == repr(values)

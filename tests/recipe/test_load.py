@@ -21,6 +21,7 @@ from ctxext.recipe.load import (
     read_document,
     recipe_for_model,
     shipped_names,
+    to_yaml,
     validate_document,
 )
 from ctxext.recipe.schema import Recipe
@@ -142,6 +143,50 @@ def test_scalars_mean_what_they_look_like(text: str, expected: Any) -> None:
 
 def test_not_a_number_is_read_as_such() -> None:
     assert math.isnan(values_of("key: .nan\n")["key"])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "7e10",
+        "08",
+        "1e5",
+        "1e-4",
+        "010",
+        "0x10",
+        "no",
+        "true",
+        "null",
+        "~",
+        "",
+        " a ",
+        "a: b",
+        "#a",
+        "1:30",
+        "=",
+        "<<",
+        "-",
+    ]
+    + [
+        "a\nb",
+        "a\r\nb",
+        "a\x85b",
+        "a\u2028b",
+        "\ufeffa",
+        "é中🙂",
+        "'",
+        '"',
+        "!x",
+        "&x",
+        "*x",
+        "2024-01-01",
+        ".inf",
+        "1_0.",
+    ],
+)
+def test_written_text_comes_back_as_text(text: str) -> None:
+    values = {"key": text, "list": [text, {"inner": text}]}
+    assert values_of(to_yaml(values)) == values
 
 
 def test_keys_are_words_whatever_they_look_like() -> None:

@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from ctxext.errors import RecipeError
-from ctxext.recipe.load import parse_document, validate_document
+from ctxext.recipe.load import parse_document, to_yaml, validate_document
 from ctxext.recipe.schema import DataBlock, Recipe, TrainBlock, WindowsBlock
 from ctxext.rope.methods import NoRewrite, Yarn
 
@@ -119,3 +119,27 @@ def test_a_recipe_cannot_be_changed_after_it_was_checked() -> None:
 )
 def test_automatic_checkpointing_depends_on_the_window(setting: Any, window_tokens: int, expected: bool) -> None:
     assert TrainBlock(activation_checkpointing=setting).uses_activation_checkpointing(window_tokens) is expected
+
+
+ANY_RECIPE: list[str] = [
+    "",
+    "rope: {method: linear}",
+    "rope: {method: ntk}",
+    "rope: {method: theta, theta: 1e6}",
+    "rope: {method: theta, multiple: 3}",
+    "rope: {method: llama3, high_freq_factor: 8}",
+    "rope: {method: yarn, attention_factor: 1.1, truncate: false}",
+    "rope: {method: none, control: true}",
+    "data: {windows: {mode: skip-wise, length: 64, chunks: 3}, facts: {share: 0.5, per_window: 2}}",
+    "data: {windows: {mode: full-length}, facts: {share: 1, style: passkey}}",
+    "data: {sources: [{kind: text, paths: [a, 'b/*.txt'], weight: 1e-3}]}",
+    "lora: {targets: [q_proj], alpha: 1e16}",
+    "train: {learning_rate: 5e-5, activation_checkpointing: false, trackers: []}",
+]
+
+
+@pytest.mark.parametrize("block", ANY_RECIPE)
+def test_a_recipe_with_every_default_written_out_is_the_same_recipe(block: str) -> None:
+    recipe = validate_document(parse_document(f"{MINIMAL}{block}\n", "r.yaml"), Recipe)
+    text = to_yaml(recipe.model_dump(mode="json"))
+    assert validate_document(parse_document(text, "again.yaml"), Recipe) == recipe
