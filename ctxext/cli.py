@@ -155,12 +155,13 @@ def verify(
 @list_app.command()
 def methods() -> None:
     """RoPE methods: what each does and when to use it."""
+    from rich.console import Console
     from rich.padding import Padding
     from rich.text import Text
 
     from ctxext.rope.methods import METHODS
 
-    console = _reporter().console
+    console = Console(highlight=False)
     for name, method in METHODS.items():
         parameters = ", ".join(sorted(set(method.model_fields) - {"method", "factor"}))
         lines = [method.summary, method.when, f"parameters: {parameters}" if parameters else "", method.source]

@@ -15,6 +15,8 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from ctxext.data import words
+from ctxext.data.boundaries import encode_plain
 from ctxext.errors import ArtefactError
 from ctxext.export.checkpoint import write_both_forms
 from ctxext.files import directory_atomic, require_free_space, write_json_atomic, write_manifest
@@ -31,10 +33,15 @@ from ctxext.train.adapter import (
 )
 
 # Largest logit difference allowed between base + adapter and the checkpoint read back, relative to the largest logit.
-# Float32 arithmetic itself is no better: SmolLM2-135M + LoRA differs from the same in float64 by 3e-4 at logits of 31,
-# on far positions. Lost or doubled RoPE scaling shows 0.2 to 4. In bfloat16 the merge rounds every weight once more.
+# Measured on SmolLM2-135M, float32, logits up to 31: 4e-5 to 9e-5 on text. Lost or doubled RoPE scaling shows 0.2 to 4.
+# In bfloat16 the merge rounds every weight once more.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 _PROBE_TOKENS = 48
+# Text, not arbitrary ids: on noise the trained model amplifies float32 rounding to 4e-3, which would hide real faults.
+_PROBE_TEXT = (
+    "A ship that leaves the harbour at dawn carries more than its cargo: it carries the names of all who loaded it. "
+    "The clerk writes them down twice, once for the owner and once for the sea, and nobody has ever asked him why."
+)
 
 
 @dataclass(frozen=True)
@@ -46,19 +53,25 @@ class MergeProof:
     verification: RopeVerification
 
 
-def probe_logits(model: Any, target_length: int) -> Tensor:
-    """Logits [1, 48, V] of a fixed prompt whose second half sits at the end of the target range."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    ids = (torch.arange(_PROBE_TOKENS) * 7919 + 11) % vocabulary
-    half = _PROBE_TOKENS // 2
-    positions = torch.cat([torch.arange(half), torch.arange(target_length - half, target_length)])
+def probe_ids(tokenizer: Any) -> list[int]:
+    """Token ids of a fixed text that the tokenizer knows."""
+    ids = encode_plain(tokenizer, _PROBE_TEXT)
+    if tokenizer.unk_token_id in ids:
+        ids = encode_plain(tokenizer, words.document("probe"))
+    return ids[:_PROBE_TOKENS]
+
+
+def probe_logits(model: Any, ids: list[int], target_length: int) -> Tensor:
+    """Logits [1, S, V] of `ids`, the second half of which sits at the end of the target range."""
+    half = len(ids) // 2
+    positions = torch.cat([torch.arange(half), torch.arange(target_length - len(ids) + half, target_length)])
     device = model.get_input_embeddings().weight.device
     with torch.inference_mode():
         output = model(
-            input_ids=ids[None].to(device),
+            input_ids=torch.tensor([ids], device=device),
             position_ids=positions[None].to(device),
             # All ones: without a mask transformers would take the jump for a document boundary.
-            attention_mask=torch.ones(1, _PROBE_TOKENS, dtype=torch.long, device=device),
+            attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=device),
             use_cache=False,
         )
     logits: Tensor = output.logits.float().cpu()
@@ -83,7 +96,8 @@ def write_merged(
     require_free_space(
         folder, int(sum(p.numel() * p.element_size() for p in base.parameters()) * 1.05), "the merged checkpoint"
     )
-    expected = probe_logits(model, target_length)
+    probe = probe_ids(tokenizer)
+    expected = probe_logits(model, probe, target_length)
     merged: Any = model.merge_and_unload()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tensor_write_errors(folder), directory_atomic(folder) as partial:
@@ -96,7 +110,7 @@ def write_merged(
         config = merged.config
         del merged
         reloaded = read_back(partial, dtype, device)
-        difference = float((probe_logits(reloaded, target_length) - expected).abs().max())
+        difference = float((probe_logits(reloaded, probe, target_length) - expected).abs().max())
         allowed = TOLERANCE[dtype] * float(expected.abs().max())
         if not difference <= allowed:
             raise ArtefactError(

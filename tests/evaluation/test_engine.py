@@ -1,4 +1,4 @@
-"""The evaluator: equal to plain `generate` and to a plain forward pass, and right about models whose answers are known."""
+"""The evaluator: equal to plain `generate` and plain cross entropy, and right about models whose answers are known."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def test_the_whole_number_is_found_whatever_surrounds_it(answer: str) -> None:
         "1234 567",
         "123456",
         "7654321",
-        "1234567８",
+        "1234567\uff18",
         "",
         "the number",
     ],

@@ -90,7 +90,7 @@ def test_damage_before_the_last_line_is_refused_with_its_line(tmp_path: Path) ->
 
 def test_another_identity_is_refused_naming_what_differs(tmp_path: Path) -> None:
     SampleStore(tmp_path, IDENTITY, {}).add(result(0))
-    with pytest.raises(ArtefactError, match="something else.*'seed'"):
+    with pytest.raises(ArtefactError, match=r"something else.*'seed'"):
         SampleStore(tmp_path, {**IDENTITY, "seed": 1}, {})
     with pytest.raises(ArtefactError, match="dtype, seed"):
         SampleStore(tmp_path, {"weights": IDENTITY["weights"], "dtype": "bfloat16"}, {})

@@ -251,7 +251,7 @@ def test_a_recorded_baseline_reads_back_as_recorded_arms(
     for stored, original in zip(arms, live, strict=True):
         assert stored.samples == original.samples
     assert (facts["command"], facts["hardware"]) == ("ctxext extend tiny", "two cores")
-    with pytest.raises(UsageError, match="unknown recorded baseline.*Did you mean 'tiny'"):
+    with pytest.raises(UsageError, match=r"unknown recorded baseline.*Did you mean 'tiny'"):
         recorded_arms("tny")
     with pytest.raises(ArtefactError, match="exists already"):
         record_baseline(run, folder, command="c", hardware="h")
@@ -295,7 +295,7 @@ def test_verify_refuses_a_folder_whose_positions_are_not_those_it_was_made_with(
     with pytest.raises(ArtefactError, match=r"config\.json: the file"):
         list(verify_checkpoint(job.output))
     (job.output / "merged" / "manifest.json").unlink()
-    with pytest.raises(ArtefactError, match="not in effect|differ"):
+    with pytest.raises(ArtefactError, match=r"not in effect|differ"):
         list(verify_checkpoint(job.output))
 
 
@@ -314,7 +314,7 @@ def test_evaluating_a_merged_checkpoint_gives_the_answers_of_the_run(
     evaluate_model(str(job.output / "merged"), output=str(folder), reporter=reporter, **arguments)
     assert len(reporter.samples) == 4
     assert len(json_lines(folder / "samples.jsonl")) == 4
-    with pytest.raises(ArtefactError, match="something else.*weights"):
+    with pytest.raises(ArtefactError, match=r"something else.*weights"):
         evaluate_model(str(job.folder / "models" / "tiny"), output=str(folder), reporter=SilentReporter(), **arguments)
 
 
@@ -366,7 +366,7 @@ def test_out_of_memory_in_training_is_a_resource_error_with_advice(
 
     monkeypatch.setattr("ctxext.train.step.token_losses", exhausted)
     job = make_job(tmp_path)
-    with pytest.raises(CtxextError, match="out of memory in training step 1.*activation_checkpointing"):
+    with pytest.raises(CtxextError, match=r"out of memory in training step 1.*activation_checkpointing"):
         extend(job.recipe(), SilentReporter(), last_stage="train")
     assert json.loads((job.output / "status.json").read_text())["exit_code"] == 4
 

@@ -80,7 +80,7 @@ def test_llama3_keeps_short_wavelengths_and_divides_long_ones() -> None:
 @pytest.mark.parametrize(
     ("name", "parameters", "message"),
     [
-        ("theta", {"theta": 1e4, "multiple": 2.0}, "theta or multiple"),
+        ("theta", {"theta": 1e6, "multiple": 3.0}, "theta or multiple"),
         ("theta", {"theta": 1e4}, "expected above 500000"),
         ("theta", {"multiple": 0.5}, "multiple"),
         ("llama3", {"low_freq_factor": 4.0}, "must be greater"),

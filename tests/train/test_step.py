@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -25,7 +26,7 @@ from ctxext.model.lora import add_lora, num_trainable
 from ctxext.pipeline.extend import extend
 from ctxext.recipe.schema import LoraBlock
 from ctxext.rope.patchers import extend_config
-from ctxext.train.step import SummedLoss, StepResult, learning_rate_at, run_step
+from ctxext.train.step import StepResult, SummedLoss, learning_rate_at, run_step
 
 LENGTH = 64
 
@@ -184,7 +185,7 @@ def test_the_learning_rate_rises_over_the_warmup_and_falls_like_a_cosine_to_zero
     rates = [learning_rate_at(step, 100, 0.01, 0.05) for step in range(100)]
     assert rates[:5] == pytest.approx([0.002, 0.004, 0.006, 0.008, 0.01])
     assert max(rates) == rates[4]
-    assert all(later < earlier for earlier, later in zip(rates[5:], rates[6:], strict=False))
+    assert all(later < earlier for earlier, later in itertools.pairwise(rates[5:]))
     assert rates[5] == pytest.approx(0.01)
     assert rates[52] == pytest.approx(0.005, rel=0.02)  # half way down, half the peak
     assert 0 < rates[99] < 1e-5
