@@ -43,8 +43,14 @@ for number, arguments in enumerate(json.load(open("cases.json"))):
         for stream, name in ((1, "out"), (2, "err")):
             os.dup2(os.open(f"{number}.{name}", os.O_WRONLY | os.O_CREAT), stream)
         sys.argv = ["ctxext", *arguments]
-        runpy.run_module("ctxext.cli", run_name="__main__")
-        os._exit(0)
+        code = 0
+        try:
+            runpy.run_module("ctxext.cli", run_name="__main__")
+        except SystemExit as end:
+            code = end.code or 0
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     with open(f"{number}.code", "w") as stream:
         stream.write(str(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])))
 """
@@ -134,7 +140,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "low.yaml").write_text("model:\n  source: models/tiny\ntarget_length: 100\n")
     (folder / "gpt2.yaml").write_text("model:\n  source: models/gpt2\ntarget_length: 256\n")
     write_suite(folder / "bad-suite.yaml", haystak="python-docs")
-    write_suite(folder / "long.yaml", {"length": 30_000_000, "depths": [0.5], "samples": 1}, haystack="python-docs")
+    write_suite(folder / "long.yaml", {"length": 3_000_000, "depths": [0.5], "samples": 1}, haystack="python-docs")
     cut = Path(shutil.copytree(folder / "models" / "tiny", folder / "models" / "cut")) / "model.safetensors"
     cut.write_bytes(cut.read_bytes()[:-100])
     for name, source in (("adapter", "adapter"), ("merged", "merged"), ("short", "merged")):

@@ -67,7 +67,11 @@ def resolve_source(name: str, revision: str | None = None) -> ModelSource:
         ArtefactError: the package or file is not there.
         UsageError: no model of that name ships with ctxext.
     """
-    path = Path(name).expanduser()
+    try:
+        path = Path(name).expanduser()
+        path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, an unknown ~user, a NUL
+        raise ArtefactError(f"not the name of a model ({_first_line(error)})", where=name[:80]) from error
     if name.startswith(_RECIPES_PREFIX):
         path = _shipped_model(name)
     elif name.startswith(_PACKAGE_PREFIX):
