@@ -156,7 +156,6 @@ def verify(
 def methods() -> None:
     """RoPE methods: what each does and when to use it."""
     from rich.console import Console
-    from rich.console import Console
     from rich.padding import Padding
     from rich.text import Text
 
