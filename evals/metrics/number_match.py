@@ -1,7 +1,7 @@
 """`number_match` as a Hugging Face `evaluate` metric: a thin wrapper over ctxext/evaluation/scoring.py.
 
-    metric = evaluate.load("evals/metrics/number_match.py")
-    metric.compute(predictions=["it is 1234567."], references=["1234567"])   # {"accuracy": 1.0, "wilson_95": [...]}
+metric = evaluate.load("evals/metrics/number_match.py")
+metric.compute(predictions=["it is 1234567."], references=["1234567"])   # {"accuracy": 1.0, "wilson_95": [...]}
 """
 
 import datasets
