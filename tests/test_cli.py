@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -176,7 +177,9 @@ def test_help_of_every_command_works_without_loading_a_heavy_library() -> None:
         assert word in finished.stdout
 
 
-def test_help_is_the_real_commands_and_its_time_is_told(tmp_path: Path, record_property: pytest.RecordProperty) -> None:
+def test_help_is_the_real_commands_and_its_time_is_told(
+    tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     best = float("inf")
     for _ in range(3):
         started = time.perf_counter()

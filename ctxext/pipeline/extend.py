@@ -99,11 +99,12 @@ def extend(recipe: Recipe, reporter: Reporter, *, last_stage: str = "report") ->
     accelerator = make_accelerator(dtype, device, list(recipe.train.trackers), run.path)
     source = resolve_source(recipe.model.source, recipe.model.revision)
     with StopRequest() as stop:
+        require_free_space(run.path, 2 * plan.merged_bytes, "checkpoints and the merged model")
+        if accelerator.is_main_process:
+            # Before the status is this command's to write: a folder of another run is refused and left as it is.
+            run.open(recipe, plan.to_json(), environment_facts(str(device), str(dtype).removeprefix("torch.")))
+        accelerator.wait_for_everyone()
         try:
-            require_free_space(run.path, 2 * plan.merged_bytes, "checkpoints and the merged model")
-            if accelerator.is_main_process:
-                run.open(recipe, plan.to_json(), environment_facts(str(device), str(dtype).removeprefix("torch.")))
-            accelerator.wait_for_everyone()
             job = _Job(
                 recipe,
                 plan,
@@ -274,6 +275,7 @@ def _train(job: _Job, method: RopeMethod, folder: Path, adapter: Path, title: st
     if job.is_main:
         save_adapter(adapter, trainer.model, _provenance(job, method))
     job.accelerator.wait_for_everyone()
+    job.accelerator.free_memory()  # it would keep the trained model beside those of later stages
 
 
 def _train_extended(job: _Job) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -48,7 +49,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     command = [sys.executable, __file__, str(job.recipe_path), str(folder / "two")]
     path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     finished = subprocess.run(
-        command, env=child_environment(PYTHONPATH=path), text=True, capture_output=True, timeout=300
+        command, env=child_environment(PYTHONPATH=path), text=True, capture_output=True, timeout=500
     )
     assert finished.returncode == 0, finished.stderr
     return folder / "one", folder / "two"
@@ -107,4 +108,5 @@ def test_a_launcher_whose_processes_accelerate_does_not_see_is_refused(
 
 
 if __name__ == "__main__":
+    gc.freeze()  # a collection in the forked processes would copy every page of the libraries
     debug_launcher(train_in_this_process, args=(sys.argv[1], sys.argv[2]), num_processes=2)

@@ -31,7 +31,7 @@ from ctxext.evaluation.store import SampleResult, SampleStore, by_length, grid_o
 from ctxext.evaluation.suite import GridRow, Suite, resolve_samples
 from ctxext.rope.patchers import extend_config
 
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "vocab_size": 260,
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -143,7 +143,7 @@ class KnownDecoder(nn.Module):
         self._config = config
         self._sees = sees
         self._max_tokens = max_tokens
-        self._tokenizer = byte_tokenizer()
+        self._tokenizer: Any = byte_tokenizer()
         self._ids = {letter: encode_plain(self._tokenizer, letter)[0] for letter in " .0123456789"}
 
     def forward(self, input_ids: Tensor, past_key_values: Any = None, **unused: Any) -> BaseModelOutputWithPast:
