@@ -102,7 +102,7 @@ def terminal_table(arms: Sequence[Arm], facts: ReportFacts) -> tuple[Table, list
     lengths = sorted({length for row in rows for length in row.by_length})
     title = f"Right answers by length (original {facts.original_length:,}, target {facts.target_length:,})"
     table = Table(title=title, title_justify="left", caption_justify="left", min_width=len(title))
-    table.add_column("arm")
+    table.add_column("arm", no_wrap=True, min_width=8)
     for length in lengths:
         table.add_column(f"{length_label(length)}{' *' if length > facts.original_length else ''}", justify="right")
     loss_length = next((row.loss_length_tokens for row in rows if row.loss_length_tokens), None)
@@ -199,7 +199,10 @@ def _pictures(facts: ReportFacts, arms: Sequence[Arm]) -> dict[str, Picture]:
 
 
 def _brief(share: Proportion | None) -> str:
-    return f"{share.num_successes}/{share.num_trials}\n{share.low:.2f}-{share.high:.2f}" if share else "-"
+    if share is None:
+        return "-"
+    ends = "-".join(f"{end:.2f}".removeprefix("0") for end in (share.low, share.high))  # fits into 80 columns
+    return f"{share.num_successes}/{share.num_trials}\n{ends}"
 
 
 def _share(share: Proportion) -> dict[str, Any]:

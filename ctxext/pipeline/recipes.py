@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ctxext.errors import UsageError, did_you_mean
 from ctxext.model.load import load_config, resolve_source
+from ctxext.pipeline.baselines import recorded_check
 from ctxext.planning.plan import length_checks, suite_check
 from ctxext.recipe.load import (
     apply_overrides,
@@ -56,4 +57,4 @@ def recipe_of(
         # First of all: without a model that can be extended the other settings mean nothing.
         base_ropes(load_config(resolve_source(what)))
         document = default_document(what, target_length, overrides, method or "yarn")
-    return validate_document(document, Recipe, [length_checks, suite_check])
+    return validate_document(document, Recipe, [length_checks, suite_check, recorded_check])

@@ -7,13 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ctxext.errors import ArtefactError, unknown_name
+from ctxext.errors import ArtefactError
 from ctxext.evaluation.conclusions import Arm, ArmName
 from ctxext.evaluation.haystack import load_haystack
 from ctxext.evaluation.report import ReportFacts, write_report
 from ctxext.evaluation.store import load_samples
-from ctxext.files import directory_atomic, read_json, shipped_directory, write_json_atomic
+from ctxext.files import directory_atomic, read_json, write_json_atomic
 from ctxext.model.load import short_name
+from ctxext.pipeline.baselines import baseline_folder
 from ctxext.pipeline.run_folder import RunFolder
 from ctxext.recipe.schema import Recipe
 
@@ -50,10 +51,7 @@ def recorded_arms(name: str) -> tuple[list[Arm], dict[str, Any]]:
     Raises:
         UsageError: no such baseline.
     """
-    root = shipped_directory("evals") / "baselines"
-    folder = root / name
-    if not (folder / "baseline.json").is_file():
-        raise unknown_name("recorded baseline", name, [path.parent.name for path in root.glob("*/baseline.json")])
+    folder = baseline_folder(name)
     facts = read_json(folder / "baseline.json")
     labels = arm_labels(facts["method"])
     arms = [

@@ -243,7 +243,7 @@ def test_a_recorded_baseline_reads_back_as_recorded_arms(
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert {"baseline.json", "recipe.yaml", "base/samples.jsonl", "extended/results.json", "heatmaps.png"} <= names
     assert "index.html" not in names
-    monkeypatch.setattr("ctxext.pipeline.report.shipped_directory", lambda name: tmp_path)
+    monkeypatch.setattr("ctxext.pipeline.baselines.shipped_directory", lambda name: tmp_path)
     arms, facts = recorded_arms("tiny")
     live = arms_of_run(run, "yarn")
     assert [arm.name for arm in arms] == [arm.name for arm in live]

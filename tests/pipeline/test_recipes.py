@@ -71,3 +71,8 @@ def test_a_model_without_rope_is_refused_before_anything_else(tmp_path: Path) ->
     GPT2Config().save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError, match="learned absolute positions"):
         recipe_of(str(tmp_path), ["train.steps=0"], target_length=4096)
+
+
+def test_a_recorded_baseline_that_does_not_exist_is_reported_before_anything_runs() -> None:
+    with pytest.raises(RecipeError, match=r"evaluation\.recorded: unknown recorded baseline; got 'tinny'.*'tiny'"):
+        recipe_of("tiny", ["evaluation.recorded=tinny"])

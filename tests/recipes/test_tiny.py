@@ -149,10 +149,12 @@ def test_extended_model_beats_the_other_arm_beyond_the_window(tiny_run: TinyRun,
     assert comparison.p_value < 0.05
 
 
-def test_extended_model_keeps_inside_the_window_what_the_control_arm_loses(tiny_run: TinyRun) -> None:
+def test_extended_model_keeps_retrieval_inside_the_window(tiny_run: TinyRun) -> None:
+    # At this budget the control arm keeps it too (evals/baselines/README.md: 195-198 against 197-199 of 200).
     comparison = tiny_run.compare("control", beyond=False)
     assert comparison.num_pairs == len(DEPTHS) * SAMPLES
-    assert comparison.only_first > comparison.only_second
+    assert comparison.first.value >= 0.9
+    assert comparison.p_value > 0.05
 
 
 def test_the_same_command_again_does_nothing(tiny_run: TinyRun) -> None:
