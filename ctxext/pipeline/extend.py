@@ -80,6 +80,14 @@ def output_folder(recipe: Recipe) -> Path:
     return Path(DEFAULT_OUTPUT) / f"{short_name(recipe.model.source)}-{recipe.rope.method}-{recipe.target_length}"
 
 
+def estimated_run_seconds(recipe: Recipe, plan: Plan) -> float:
+    """Time of all evaluations and trainings at the matrix speed measured on this machine now."""
+    device = choose_device()
+    speed = measured_flops_per_second(device, choose_dtype(recipe.model.dtype, device))
+    trainings = 1 + recipe.evaluation.control
+    return estimated_seconds(plan.evaluation_flops + trainings * plan.train_flops, speed)
+
+
 def extend(recipe: Recipe, reporter: Reporter, *, last_stage: str = "report") -> Path:
     """Run (or go on with) the whole job and return the run folder.
 
@@ -93,9 +101,7 @@ def extend(recipe: Recipe, reporter: Reporter, *, last_stage: str = "report") ->
     run = RunFolder(output_folder(recipe))
     device = choose_device()
     dtype = choose_dtype(recipe.model.dtype, device)
-    speed = measured_flops_per_second(device, dtype)
-    trainings = 1 + recipe.evaluation.control
-    reporter.plan(plan, estimated_seconds(plan.evaluation_flops + trainings * plan.train_flops, speed), str(run.path))
+    reporter.plan(plan, estimated_run_seconds(recipe, plan), str(run.path))
     accelerator = make_accelerator(dtype, device, list(recipe.train.trackers), run.path)
     source = resolve_source(recipe.model.source, recipe.model.revision)
     with StopRequest() as stop:

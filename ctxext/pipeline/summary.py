@@ -9,13 +9,11 @@ from rich.console import Console
 from ctxext.errors import UsageError
 from ctxext.evaluation.report import terminal_table, write_report
 from ctxext.files import format_bytes
-from ctxext.model.load import choose_device, choose_dtype
 from ctxext.pipeline.console import ConsoleReporter, duration
 from ctxext.pipeline.evaluate import FACTS_NAME, gather_evaluation
-from ctxext.pipeline.extend import output_folder
+from ctxext.pipeline.extend import estimated_run_seconds, output_folder
 from ctxext.pipeline.report import gather, record_baseline, report_run
 from ctxext.pipeline.run_folder import RunFolder, peak_memory_bytes
-from ctxext.planning.cost import estimated_seconds, measured_flops_per_second
 from ctxext.planning.plan import make_plan
 from ctxext.recipe.schema import Recipe
 
@@ -40,12 +38,7 @@ def print_summary(console: Console, folder: Path) -> None:
 def print_plan(reporter: ConsoleReporter, recipe: Recipe) -> None:
     """The plan, without starting anything."""
     plan = make_plan(recipe)
-    device = choose_device()
-    speed = measured_flops_per_second(device, choose_dtype(recipe.model.dtype, device))
-    trainings = 1 + recipe.evaluation.control
-    reporter.plan(
-        plan, estimated_seconds(plan.evaluation_flops + trainings * plan.train_flops, speed), str(output_folder(recipe))
-    )
+    reporter.plan(plan, estimated_run_seconds(recipe, plan), str(output_folder(recipe)))
 
 
 def print_report(reporter: ConsoleReporter, folder: Path, record: Path | None, *, command: str, hardware: str) -> None:
