@@ -172,7 +172,7 @@ def _timed(job: _Job, stage: str) -> Iterator[None]:
 
 
 def _extended_config(job: _Job) -> PreTrainedConfig:
-    return apply_method(job.base_config, job.recipe.rope, job.recipe.target_length)
+    return apply_method(job.base_config, job.recipe.rope, job.recipe.target_length, job.recipe.on_existing)
 
 
 def _load(job: _Job, config: PreTrainedConfig) -> PreTrainedModel:
@@ -240,6 +240,7 @@ def _provenance(job: _Job, method: RopeMethod) -> dict[str, Any]:
         "method": resolved.model_dump(mode="json"),
         "original_length": job.plan.original_length,
         "target_length": job.plan.target_length,
+        "on_existing": job.recipe.on_existing,
         "plan_id": job.plan.plan_id,
     }
 
@@ -267,7 +268,7 @@ def _train(job: _Job, method: RopeMethod, folder: Path, adapter: Path, title: st
         return
     builder = _builder(job)
     assert job.stream is not None
-    config = apply_method(job.base_config, method, job.recipe.target_length)
+    config = apply_method(job.base_config, method, job.recipe.target_length, job.recipe.on_existing)
     state = TrainState(0, job.plan.plan_id, job.stream.sha256, job.accelerator.num_processes)
     trainer = Trainer(
         job.accelerator, _load(job, config), config, builder, job.recipe.lora, job.recipe.train, folder, state
@@ -317,7 +318,7 @@ def _control_arm(job: _Job) -> None:
     _train(job, method, job.run.control, adapter, "train the control arm")
     if not job.is_main or _evaluation_complete(job, "control"):
         return
-    config = apply_method(job.base_config, method, job.recipe.target_length)
+    config = apply_method(job.base_config, method, job.recipe.target_length, job.recipe.on_existing)
     merged: Any = load_adapter(adapter, _load(job, config)).merge_and_unload()
     merged.eval()
     _evaluate(job, merged, "control", "control arm: no rewrite, same training")

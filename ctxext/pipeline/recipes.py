@@ -55,6 +55,6 @@ def recipe_of(
                 hint=f"Did you mean '{near}'?" if near else None,
             )
         # First of all: without a model that can be extended the other settings mean nothing.
-        base_ropes(load_config(resolve_source(what)))
+        base_ropes(load_config(resolve_source(what)), "replace")
         document = default_document(what, target_length, overrides, method or "yarn")
     return validate_document(document, Recipe, [length_checks, suite_check, recorded_check])

@@ -54,7 +54,9 @@ def verify_checkpoint(folder: Path) -> Iterator[str]:
         source = base_of(provenance)
         asked = dict(provenance["method"])
         method: RopeMethod = create_method(asked.pop("method"), **asked)
-        config = apply_method(load_config(source), method, provenance["target_length"])
+        config = apply_method(
+            load_config(source), method, provenance["target_length"], provenance.get("on_existing", "refuse")
+        )
         lengths = f"{provenance['original_length']} to {provenance['target_length']}"
         yield f"made from {source.name}: {method.method}, {lengths} positions"
     yield f"config: {describe_positions(config)}"

@@ -18,7 +18,7 @@ from ctxext.model.lora import add_lora, num_trainable
 from ctxext.planning.cost import ModelShape
 from ctxext.recipe.load import KeyPath
 from ctxext.recipe.schema import Recipe
-from ctxext.rope.families import base_ropes, text_config
+from ctxext.rope.families import OnExisting, base_ropes, text_config
 from ctxext.rope.methods import RopeMethod
 from ctxext.rope.patchers import apply_method
 
@@ -92,9 +92,9 @@ def make_plan(recipe: Recipe) -> Plan:
     """
     source = resolve_source(recipe.model.source, recipe.model.revision)
     config = load_config(source)
-    (base,) = base_ropes(config)
+    base = base_ropes(config, recipe.on_existing)[0]
     method: RopeMethod = recipe.rope.resolved(base.original_length, recipe.target_length)
-    extended = apply_method(config, recipe.rope, recipe.target_length)
+    extended = apply_method(config, recipe.rope, recipe.target_length, recipe.on_existing)
     suite = load_suite(recipe.evaluation.suite)
     samples = resolve_samples(suite, base.original_length, recipe.target_length)
     text = text_config(config)
@@ -127,7 +127,7 @@ def make_plan(recipe: Recipe) -> Plan:
         factor=recipe.target_length / base.original_length,
         method=method.method,
         rope_parameters=text_config(extended).rope_parameters,
-        attention_factor=method.attention_multiplier(),
+        attention_factor=method.attention_multiplier(base),
         num_parameters=counts.total,
         num_trainable=counts.trainable,
         window_mode=recipe.data.windows.mode,
@@ -187,6 +187,11 @@ def _count_parameters(config: Any, recipe: Recipe) -> _Counts:
     return _Counts(total, trainable, matrices)
 
 
+def _on_existing(values: dict[str, Any]) -> OnExisting:
+    choice = values.get("on_existing")
+    return choice if choice in ("replace", "compose") else "refuse"
+
+
 def length_checks(values: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:
     """What can be wrong between recipe and model: checked on plain values, so that it is reported with everything else.
 
@@ -198,7 +203,7 @@ def length_checks(values: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:
     if not isinstance(source, str) or not source or not isinstance(revision, str | None):
         return
     try:
-        (base,) = base_ropes(load_config(resolve_source(source, revision)))
+        base = base_ropes(load_config(resolve_source(source, revision)), _on_existing(values))[0]
     except CtxextError as error:
         yield ("model", "source"), str(error)
         return

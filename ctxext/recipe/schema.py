@@ -185,10 +185,15 @@ class EvaluationBlock(_Block):
 
 
 class Recipe(_Block):
-    """The whole job."""
+    """The whole job.
+
+    Attributes:
+        on_existing: for a model whose RoPE is scaled already: refuse it, replace its scaling, or compose with it.
+    """
 
     model: ModelBlock
     rope: AnyRopeMethod = Yarn()
+    on_existing: Literal["refuse", "replace", "compose"] = "refuse"
     target_length: PositiveInt
     data: DataBlock = DataBlock()
     lora: LoraBlock = LoraBlock()
