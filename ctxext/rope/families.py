@@ -8,6 +8,7 @@ is *right or refused*: what is read here is compared with the rotary modules of 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -239,19 +240,23 @@ def _base_rope(
             got=theta,
             expected="a number above 1",
         )
-    kept = tuple((key, value) for key, value in parameters.items() if key not in _SCALING_KEYS and value is not None)
     base = BaseRope(
         theta=float(theta),
         rotary_dim=rotary_dim(text, parameters, layer_type),
         original_length=original_length(text),
         layer_type=layer_type,
-        kept=kept,
+        kept=kept_entries(parameters),
         own_temperature=has_own_temperature(text),
         proportional=proportional,
     )
     if rope_type == "default" or (proportional and parameters.get("factor", 1.0) == 1.0):
         return base
     return _already_scaled(text, parameters, base, where, on_existing)
+
+
+def kept_entries(parameters: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """The entries of a rope dict that are the architecture's own and not part of its scaling."""
+    return tuple((key, value) for key, value in parameters.items() if key not in _SCALING_KEYS and value is not None)
 
 
 def _already_scaled(

@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ctxext.errors import PositionsNotInEffectError, UnsupportedModelError
-from ctxext.rope.base import BaseRope, Float64Array, RopeTable
-from ctxext.rope.families import has_own_temperature, original_length, rope_groups, rotary_dim, text_config
-from ctxext.rope.methods import READABLE_TYPES, softmax_temperature, table_from_rope_parameters
+from ctxext.errors import PositionsNotInEffectError
+from ctxext.rope.base import Float64Array, RopeTable
+from ctxext.rope.families import has_own_temperature, original_length, rope_groups, text_config
+from ctxext.rope.methods import softmax_temperature
+from ctxext.rope.reference import reference_tables as reference_tables
 
 # transformers computes b^(2i/d) in float32: rounding the exponent is worth up to ln(b) * 6e-8, 8e-7 for b = 1e6.
 RELATIVE_TOLERANCE = 3e-6
@@ -91,38 +92,6 @@ class RotaryModule:
 
     def _named(self, attribute: str) -> str:
         return attribute if self._is_flat else f"{self.layer_type}_{attribute}"
-
-
-def reference_tables(config: Any) -> dict[str | None, RopeTable]:
-    """Frequencies and attention factor that a model built from `config` must have, from our own formulas.
-
-    By layer type; the key is None when the config is flat. For `dynamic` the table is that of a sequence of twice the
-    original length.
-
-    Raises:
-        UnsupportedModelError: no RoPE, or a rope type that ctxext has no method for.
-    """
-    text = text_config(config)
-    tables: dict[str | None, RopeTable] = {}
-    for layer_type, parameters in rope_groups(config).items():
-        rope_type = parameters.get("rope_type", "default")
-        if "rope_theta" not in parameters or rope_type not in READABLE_TYPES:
-            raise UnsupportedModelError(
-                "this version has no reference for the model's RoPE",
-                where=f"{text.model_type}.rope_parameters",
-                got=str(rope_type),
-            )
-        maximum = original_length(text)
-        base = BaseRope(
-            theta=float(parameters["rope_theta"]),
-            rotary_dim=rotary_dim(text, parameters, layer_type),
-            original_length=int(parameters.get("original_max_position_embeddings") or maximum),
-            layer_type=layer_type,
-            kept=(("partial_rotary_factor", parameters.get("partial_rotary_factor") or 1.0),),
-            proportional=rope_type == "proportional",
-        )
-        tables[layer_type] = table_from_rope_parameters(parameters, base, maximum)
-    return tables
 
 
 def rotary_modules(model: torch.nn.Module, layer_types: tuple[str | None, ...] = (None,)) -> list[RotaryModule]:
