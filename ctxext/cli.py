@@ -100,6 +100,105 @@ def merge(
     reporter.info(f"merged checkpoint: {proof.folder}")
 
 
+@app.command()
+def patch(
+    model: Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, package:NAME/FILE or recipes:NAME.")],
+    rest: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[OUT] [KEY=VALUE]...",
+            help="New folder, and the method's parameters, e.g. beta_fast=64. --for needs no folder.",
+            show_default=False,
+        ),
+    ] = None,
+    target_length: Annotated[
+        int, typer.Option("--target-length", "-n", help="Positions the extended model shall reach.")
+    ] = ...,  # type: ignore[assignment]
+    method: Annotated[str, typer.Option("--method", "-m", help="RoPE method, see `ctxext list methods`.")] = "yarn",
+    portable: Annotated[
+        bool | None,
+        typer.Option(
+            "--portable/--stock",
+            help="Write the form that every program reads right, or the stock type; by default whichever is right.",
+            show_default=False,
+        ),
+    ] = None,
+    on_existing: Annotated[
+        str, typer.Option(help="For a model that is scaled already: refuse, replace or compose.")
+    ] = "refuse",
+    program: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            help="Print the settings that do the same in vllm, sglang, llamacpp, axolotl, llamafactory, transformers.",
+            show_default=False,
+        ),
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Hub revision.", show_default=False)] = None,
+) -> None:
+    """Extend a checkpoint without training: new config, weights linked or streamed, never loaded whole."""
+    from pathlib import Path
+
+    from ctxext.pipeline.patch import patch_model_folder, settings_elsewhere
+
+    words = rest or []
+    settings = [word for word in words if "=" in word]
+    folders = [word for word in words if "=" not in word]
+    if program:
+        for line in settings_elsewhere(
+            program,
+            model,
+            method=method,
+            target_length=target_length,
+            on_existing=on_existing,
+            revision=revision,
+            settings=settings,
+        ):
+            typer.echo(line)  # not through rich, which would wrap flags
+        return
+    if len(folders) != 1:
+        raise UsageError("patch writes one new folder", where="OUT", got=" ".join(folders) or "none", expected="one")
+    reporter = _reporter()
+    for line in patch_model_folder(
+        model,
+        Path(folders[0]),
+        method=method,
+        target_length=target_length,
+        portable=portable,
+        on_existing=on_existing,
+        revision=revision,
+        settings=settings,
+    ):
+        reporter.info(line)
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[str, typer.Argument(metavar="RUN|CHECKPOINT", help="Run folder or checkpoint folder.")],
+    gguf: Annotated[str, typer.Option("--gguf", help="GGUF file to write, with an Ollama Modelfile beside it.")],
+    dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16, of the matrices.")] = "auto",
+    portable: Annotated[
+        bool, typer.Option("--portable", help="Carry any scaling as rope_freqs.weight instead of llama.cpp's keys.")
+    ] = False,
+    pre: Annotated[
+        str | None,
+        typer.Option(help="llama.cpp's name of the pre-tokenizer, when it is not recognised.", show_default=False),
+    ] = None,
+) -> None:
+    """Write a checkpoint for another program: GGUF for llama.cpp and Ollama (Llama family)."""
+    from pathlib import Path
+
+    from ctxext.export.gguf import export_gguf
+    from ctxext.pipeline.verify import find_checkpoint
+
+    written = export_gguf(find_checkpoint(Path(checkpoint)), Path(gguf), dtype=dtype, portable=portable, pre=pre)
+    reporter = _reporter()
+    reporter.info(written.summary())
+    reporter.info(f"Ollama Modelfile: {written.modelfile}")
+    for note in written.notes:
+        reporter.info(note)
+
+
 @app.command(name="eval")
 def evaluate(
     model: Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, package:NAME/FILE or recipes:NAME.")],
@@ -141,14 +240,76 @@ def report(
 @app.command()
 def verify(
     checkpoint: Annotated[str, typer.Argument(help="Merged checkpoint, adapter folder or run folder.")],
+    against: Annotated[
+        str | None, typer.Option(help="Recipe or plan.json whose positions it must have.", show_default=False)
+    ] = None,
+    portability: Annotated[
+        bool, typer.Option("--portability", help="Who else reads it right, by rules with sources; runs nothing.")
+    ] = False,
+    readers: Annotated[
+        str | None,
+        typer.Option(
+            help="Ask other programs for real: transformers4,llamacpp,vllm,mlx, each in an environment of its own.",
+            show_default=False,
+        ),
+    ] = None,
+    create: Annotated[
+        bool, typer.Option("--create", help="With --readers: make environments that are missing.")
+    ] = False,
 ) -> None:
-    """Are the positions in effect? Checks checksums, config and every rotary module of the loaded model."""
+    """Are the positions in effect? Checks checksums, config, every rotary module, and how the loaded model behaves."""
     from pathlib import Path
 
-    from ctxext.pipeline.verify import verify_checkpoint
+    from ctxext.pipeline.verify import ask_readers, judge_portability, verify_checkpoint
 
+    reporter, folder = _reporter(), Path(checkpoint)
+    if portability:
+        table, lines = judge_portability(folder)
+        reporter.console.print(table)
+        for line in lines:
+            typer.echo(line)
+        return
+    if readers:
+        reporter.console.print(ask_readers(folder, readers.split(","), create, reporter.info))
+        return
+    for line in verify_checkpoint(folder, against):
+        reporter.info(line)
+
+
+@app.command()
+def card(
+    folder: Annotated[str, typer.Argument(metavar="RUN|CHECKPOINT", help="Run folder, or a patched checkpoint.")],
+    replace: Annotated[bool, typer.Option("--replace", help="Overwrite a card that was edited by hand.")] = False,
+) -> None:
+    """Write the model card: what it is, what was measured, how to serve it."""
+    from pathlib import Path
+
+    from ctxext.export.push import card_of
+
+    _reporter().info(f"card: {card_of(Path(folder), replace_edited=replace)}")
+
+
+@app.command()
+def push(
+    folder: Annotated[str, typer.Argument(metavar="RUN|CHECKPOINT", help="Run folder, merged or patched checkpoint.")],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="owner/name on the hub; created when missing.")],
+    private: Annotated[bool, typer.Option("--private/--public", help="Visibility of a new repository.")] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and list everything, contact nobody.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch; created when missing.", show_default=False)] = None,
+    allow_paths: Annotated[
+        bool, typer.Option("--allow-paths", help="Upload although a file names a path of this machine.")
+    ] = False,
+) -> None:
+    """Upload a checkpoint with its card to the hub, verified, and nothing else of the folder."""
+    from pathlib import Path
+
+    from ctxext.export.push import push as push_checkpoint
+
+    report = push_checkpoint(
+        Path(folder), repo, private=private, dry_run=dry_run, revision=revision, allow_paths=allow_paths
+    )
     reporter = _reporter()
-    for line in verify_checkpoint(Path(checkpoint)):
+    for line in report.lines():
         reporter.info(line)
 
 

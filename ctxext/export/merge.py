@@ -1,87 +1,197 @@
 """Adapter + its extended config -> a plain Hugging Face checkpoint, proven by reading it back.
 
-The merged folder needs neither ctxext nor peft: stock `from_pretrained` gives the logits of base + adapter. That is
-checked here on positions up to the target length, because a merge that lost its RoPE looks right at short ones.
+The merged folder needs neither ctxext nor peft: stock `from_pretrained` gives the logits of base + adapter.
+
+Plain LoRA on a base stored as safetensors is merged file by file, a block of rows at a time: W + scaling * (B @ A) in
+float32, rounded once to the dtype that the base is stored in, whatever the model's size. Everything else (GGUF bases,
+DoRA, layers that transformers renames or fuses on loading, another dtype asked for) is merged in memory.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from peft import PeftModel
+from huggingface_hub import snapshot_download
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ctxext.data import words
-from ctxext.data.boundaries import encode_plain
-from ctxext.errors import ArtefactError
+from ctxext.errors import ArtefactError, ResourceError
 from ctxext.export.checkpoint import write_both_forms
+from ctxext.export.proof import (
+    COMPUTED,
+    ROUNDED_WEIGHTS,
+    SAME_WEIGHTS,
+    LoraTarget,
+    MergeProof,
+    check_logits,
+    device_for_logits,
+    meta_model,
+    probe_ids,
+    probe_logits,
+    prove_by_samples,
+    read_back,
+)
+from ctxext.export.stored import (
+    FLOAT_TYPES,
+    INDEX_NAME,
+    SINGLE_NAME,
+    StoredWeights,
+    TensorInfo,
+    checkpoint_tensors,
+    read_header,
+    read_index,
+    read_tensor,
+)
+from ctxext.export.stream import RowwiseEdit, stream_weights
 from ctxext.files import directory_atomic, require_free_space, write_json_atomic, write_manifest
-from ctxext.model.load import choose_device, choose_dtype, load_model, load_tokenizer, quiet
+from ctxext.model.load import (
+    ModelSource,
+    choose_device,
+    choose_dtype,
+    load_config,
+    load_model,
+    load_tokenizer,
+    quiet,
+    weights_fingerprint,
+)
 from ctxext.rope.families import text_config
-from ctxext.rope.verify import RopeVerification, verify_positions
+from ctxext.rope.verify import verify_positions
 from ctxext.train.adapter import (
     PROVENANCE_NAME,
     adapter_config,
     base_of,
     load_adapter,
     read_provenance,
+    set_adapter_tensors,
     tensor_write_errors,
 )
 
-# Largest logit difference allowed between base + adapter and the checkpoint read back, relative to the largest logit.
-# Measured on SmolLM2-135M, float32, logits up to 31: 4e-5 to 9e-5 on text. Lost or doubled RoPE scaling shows 0.2 to 4.
-# In bfloat16 the merge rounds every weight once more.
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
-_PROBE_TOKENS = 48
-# Text, not arbitrary ids: on noise the trained model amplifies float32 rounding to 4e-3, which would hide real faults.
-_PROBE_TEXT = (
-    "A ship that leaves the harbour at dawn carries more than its cargo: it carries the names of all who loaded it. "
-    "The clerk writes them down twice, once for the owner and once for the sea, and nobody has ever asked him why."
-)
+__all__ = [
+    "MergeProof",
+    "NotStreamableError",
+    "describe_positions",
+    "merge_adapter",
+    "merge_streamed",
+    "probe_ids",
+    "probe_logits",
+    "read_back",
+    "write_merged",
+]
+
+_ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_PEFT_PREFIX = "base_model.model."
+_GENERATION_NAME = "generation_config.json"
+# Starting values that leave the base's weights alone; the others (PiSSA, LoftQ ...) subtract something from them.
+_PLAIN_STARTS = (True, False, "gaussian", "orthogonal")
+
+
+class NotStreamableError(ArtefactError):
+    """This adapter or base can only be merged in memory."""
 
 
 @dataclass(frozen=True)
-class MergeProof:
-    """What reading the merged checkpoint back showed."""
+class _StreamPlan:
+    """Everything that must hold before a byte is written.
 
-    folder: Path
-    largest_logit_difference: float
-    verification: RopeVerification
+    Attributes:
+        config: the extended one, as the merged folder shall have it.
+        skeleton: the base without weights, for what only a model object knows.
+        targets: what is merged, by tensor name of the checkpoint.
+    """
+
+    weights: StoredWeights
+    config: PreTrainedConfig
+    skeleton: PreTrainedModel
+    targets: Mapping[str, LoraTarget]
 
 
-def probe_ids(tokenizer: Any) -> list[int]:
-    """Token ids of a fixed text that the tokenizer knows."""
-    ids = encode_plain(tokenizer, _PROBE_TEXT)
-    if tokenizer.unk_token_id in ids:
-        ids = encode_plain(tokenizer, words.document("probe"))
-    return ids[:_PROBE_TOKENS]
+def merge_adapter(adapter: Path, destination: Path, dtype: str = "auto") -> MergeProof:
+    """Merge a stored adapter into its base, streamed where that is possible (the proof says which way and why).
+
+    Args:
+        adapter: folder written by ctxext.
+        destination: new folder.
+        dtype: of the merged weights. `auto` keeps the dtype that the base is stored in; merged in memory, it is what
+            the device computes best in.
+
+    Raises:
+        ArtefactError: the folder is no adapter of ctxext, is damaged, does not fit its base, or the destination exists.
+        ResourceError: not enough disk.
+    """
+    _refuse_existing(destination)
+    provenance = read_provenance(adapter)
+    config = adapter_config(adapter)
+    source = base_of(provenance)
+    try:
+        base_folder = _safetensors_folder(source)
+        if dtype != "auto":
+            _require_dtype(checkpoint_tensors(base_folder), choose_dtype(dtype, choose_device()))
+        return merge_streamed(adapter, base_folder, destination)
+    except NotStreamableError as error:
+        reason = error.what
+    device = choose_device()
+    model = load_model(source, config, dtype=choose_dtype(dtype, device), device=device)
+    verify_positions(model, config)
+    wrapped = load_adapter(adapter, model)
+    _, proof = write_merged(destination, wrapped, load_tokenizer(source), provenance)
+    return replace(proof, way=f"merged in memory, not streamed: {reason}")
 
 
-def probe_logits(model: Any, ids: list[int], target_length: int) -> Tensor:
-    """Logits [1, S, V] of `ids`, the second half of which sits at the end of the target range."""
-    half = len(ids) // 2
-    positions = torch.cat([torch.arange(half), torch.arange(target_length - len(ids) + half, target_length)])
-    device = model.get_input_embeddings().weight.device
-    with torch.inference_mode():
-        output = model(
-            input_ids=torch.tensor([ids], device=device),
-            position_ids=positions[None].to(device),
-            # All ones: without a mask transformers would take the jump for a document boundary.
-            attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=device),
-            use_cache=False,
-        )
-    logits: Tensor = output.logits.float().cpu()
-    return logits
+def merge_streamed(
+    adapter: Path,
+    base_folder: Path,
+    destination: Path,
+    *,
+    link: bool = True,
+    proof: Literal["auto", "logits", "samples"] = "auto",
+) -> MergeProof:
+    """Merge file by file, holding a block of rows at a time.
+
+    Args:
+        adapter: folder written by ctxext.
+        base_folder: the base's safetensors (for a hub model: its snapshot).
+        destination: new folder.
+        link: hard-link weight files that the adapter does not touch; see `ctxext.export.stream` for what that means.
+        proof: tensors are always compared by `samples`; `logits` needs memory for the model in float32; `auto` compares
+            them when it fits.
+
+    Raises:
+        NotStreamableError: it takes a merge in memory.
+        ArtefactError: adapter or base is damaged, they do not fit together, or the destination exists.
+        ResourceError: not enough disk.
+    """
+    _refuse_existing(destination)
+    provenance = read_provenance(adapter)
+    source = _same_base(provenance, base_folder)
+    plan = _plan(adapter, base_folder)
+    tokenizer = load_tokenizer(source)
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    with directory_atomic(destination) as partial:
+        edits = {name: _edit(target) for name, target in plan.targets.items()}
+        report = stream_weights(base_folder, partial, edits, link=link)
+        _write_config(partial, plan, base_folder)
+        _write_companions(partial, tokenizer, provenance)
+        shown = prove_by_samples(partial, plan.weights, plan.targets, plan.config, destination)
+        device = device_for_logits(plan.weights.num_parameters, choose_device())
+        if proof == "logits" or (proof == "auto" and device is not None):
+            difference = _prove_by_logits(
+                partial, adapter, source, plan, tokenizer, device or torch.device("cpu"), destination
+            )
+            shown = replace(shown, largest_logit_difference=difference)
+        write_manifest(partial, kind="merged")
+    return replace(shown, way=f"merged file by file; {report.summary()}")
 
 
 def write_merged(
     folder: Path, model: PeftModel, tokenizer: PreTrainedTokenizerBase, provenance: dict[str, Any]
 ) -> tuple[PreTrainedModel, MergeProof]:
-    """Merge, write atomically, read back and compare; returns the model that was read back.
+    """Merge in memory, write atomically, read back and compare; returns the model that was read back.
 
     The adapter is merged into `model`'s own weights: it is spent afterwards.
 
@@ -99,59 +209,243 @@ def write_merged(
     probe = probe_ids(tokenizer)
     expected = probe_logits(model, probe, target_length)
     merged: Any = model.merge_and_unload()
+    same_weights = probe_logits(merged, probe, target_length)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tensor_write_errors(folder), directory_atomic(folder) as partial:
         with quiet():
             merged.save_pretrained(partial)
         write_both_forms(partial)
-        tokenizer.model_max_length = target_length
-        tokenizer.save_pretrained(partial)
-        write_json_atomic(partial / PROVENANCE_NAME, provenance)
+        _write_companions(partial, tokenizer, provenance)
         config = merged.config
         del merged
         reloaded = read_back(partial, dtype, device)
-        difference = float((probe_logits(reloaded, probe, target_length) - expected).abs().max())
-        allowed = TOLERANCE[dtype] * float(expected.abs().max())
-        if not difference <= allowed:
-            raise ArtefactError(
-                "the merged checkpoint does not give the logits of base + adapter",
-                where=str(folder),
-                got=difference,
-                expected=f"a largest difference of {allowed:.2g}",
-                hint="Please report this.",
-            )
+        actual = probe_logits(reloaded, probe, target_length)
+        check_logits(actual, same_weights, SAME_WEIGHTS[dtype], folder)
+        difference = check_logits(actual, expected, COMPUTED[dtype], folder)
         verification = verify_positions(reloaded, config)
         write_manifest(partial, kind="merged")
     return reloaded, MergeProof(folder, difference, verification)
 
 
-def read_back(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """Load a checkpoint as any stock program would: by folder name alone."""
-    with quiet():
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
-    model.to(device)
-    model.eval()
-    loaded: PreTrainedModel = model
-    return loaded
-
-
-def merge_adapter(adapter: Path, destination: Path, dtype: str = "auto") -> MergeProof:
-    """Merge a stored adapter into its base.
-
-    Raises:
-        ArtefactError: the folder is no adapter of ctxext, is damaged, does not fit its base, or the destination exists.
-    """
+def _refuse_existing(destination: Path) -> None:
     if destination.exists():
         raise ArtefactError("the destination exists already", where=str(destination), hint="Choose another folder.")
-    provenance = read_provenance(adapter)
-    config = adapter_config(adapter)
+
+
+def _write_companions(folder: Path, tokenizer: Any, provenance: dict[str, Any]) -> None:
+    """What lies beside config and weights: the tokenizer with its new limit, and what the model was made from."""
+    tokenizer.model_max_length = int(provenance["target_length"])
+    try:
+        tokenizer.save_pretrained(folder)
+    except OSError:
+        raise
+    except Exception as error:  # the tokenizers library raises a bare Exception for a full disk
+        raise ResourceError(f"could not write the tokenizer ({error})", where=str(folder)) from error
+    write_json_atomic(folder / PROVENANCE_NAME, provenance)
+
+
+def _write_config(folder: Path, plan: _StreamPlan, base_folder: Path) -> None:
+    """Config and generation config, as `save_pretrained` of the merged model would write them."""
+    plan.config.architectures = [type(plan.skeleton).__name__]
+    if plan.weights.main_dtype is not None:
+        plan.config.dtype = plan.weights.main_dtype
+    plan.config.save_pretrained(folder)
+    write_both_forms(folder)
+    generation = base_folder / _GENERATION_NAME
+    if generation.is_file():
+        (folder / _GENERATION_NAME).write_bytes(generation.read_bytes())
+    elif plan.skeleton.can_generate() and plan.skeleton.generation_config is not None:
+        plan.skeleton.generation_config.save_pretrained(folder)
+
+
+def _safetensors_folder(source: ModelSource) -> Path:
+    """Where the source's safetensors lie; a hub model's are fetched into the hub's cache.
+
+    Raises:
+        NotStreamableError: its weights are of another kind.
+        ArtefactError: they cannot be fetched.
+    """
+    if source.gguf_file:
+        raise NotStreamableError("the base is a GGUF file", where=source.name)
+    folder = Path(source.location)
+    is_local = folder.is_dir()
+    if not is_local:
+        folder = _snapshot(source, ["config.json", _GENERATION_NAME, SINGLE_NAME, INDEX_NAME])
+    if (folder / SINGLE_NAME).is_file():
+        return folder
+    if not (folder / INDEX_NAME).is_file():
+        raise NotStreamableError("the base is not stored as safetensors", where=source.name)
+    # By name: some repositories hold the same weights once more under other names.
+    return folder if is_local else _snapshot(source, sorted(set(read_index(folder / INDEX_NAME).values())))
+
+
+def _snapshot(source: ModelSource, names: list[str]) -> Path:
+    try:
+        with quiet():
+            return Path(snapshot_download(source.location, revision=source.revision, allow_patterns=names))
+    except Exception as error:  # httpx, OSError, the hub's own errors ... for one thing: not reachable
+        raise ArtefactError(
+            f"could not fetch the model's weights ({type(error).__name__})",
+            where=source.name,
+            hint="Check the connection to the hub.",
+        ) from error
+
+
+def _require_dtype(weights: StoredWeights, asked: torch.dtype) -> None:
+    stored = {FLOAT_TYPES.get(info.dtype) for info in weights.tensors.values()}
+    if stored != {asked}:
+        raise NotStreamableError(f"the base is stored in another dtype than {asked}", where=str(weights.folder))
+
+
+def _same_base(provenance: dict[str, Any], base_folder: Path) -> ModelSource:
+    """The adapter's base, after checking that `base_folder` holds its weights.
+
+    Raises:
+        ArtefactError: other weights.
+    """
     source = base_of(provenance)
-    device = choose_device()
-    model = load_model(source, config, dtype=choose_dtype(dtype, device), device=device)
-    verify_positions(model, config)
-    wrapped = load_adapter(adapter, model)
-    _, proof = write_merged(destination, wrapped, load_tokenizer(source), provenance)
-    return proof
+    location, expected = Path(source.location), provenance["base"].get("fingerprint")
+    if location.is_dir() and location.resolve() != base_folder.resolve() and expected is not None:
+        actual = weights_fingerprint(
+            ModelSource(source.name, str(base_folder)), load_config(ModelSource(source.name, str(base_folder)))
+        )
+        if actual != expected:
+            raise ArtefactError(
+                "the base model's weights are not the ones that were trained on",
+                where=str(base_folder),
+                got=actual,
+                expected=f"weights with the fingerprint {expected}",
+            )
+    return source
+
+
+def _plan(adapter: Path, base_folder: Path) -> _StreamPlan:
+    """Match the adapter with the checkpoint's tensors; nothing is loaded but headers.
+
+    Raises:
+        NotStreamableError: the merge must be done in memory.
+        ArtefactError: adapter and base do not fit together.
+    """
+    config = adapter_config(adapter)
+    lora = LoraConfig.from_pretrained(str(adapter))
+    if lora.init_lora_weights not in _PLAIN_STARTS:
+        raise NotStreamableError(f"the adapter changes its base at the start ({lora.init_lora_weights})")
+    if getattr(config, "quantization_config", None) is not None:
+        raise NotStreamableError("the base is quantised")
+    weights = checkpoint_tensors(base_folder)
+    try:
+        skeleton = meta_model(config)
+    except Exception as error:  # whatever a model class raises; loading it for real says what is wrong
+        raise NotStreamableError(f"the model cannot be built without weights ({type(error).__name__})") from error
+    parameters = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
+    renamed = _renamed_on_loading(skeleton, weights)
+    tied = {name for pair in skeleton.all_tied_weights_keys.items() for name in pair}
+    with quiet():
+        wrapped = get_peft_model(skeleton, lora, low_cpu_mem_usage=True)
+    assert isinstance(wrapped, PeftModel)
+    file = adapter / _ADAPTER_WEIGHTS
+    places = read_header(file)
+    stand_ins = {name: torch.empty(info.shape, device="meta") for name, info in places.items()}
+    set_adapter_tensors(wrapped, stand_ins, str(adapter))
+    targets = {}
+    for layer, scaling in _plain_layers(wrapped).items():
+        name = f"{layer.removeprefix(_PEFT_PREFIX)}.weight"
+        if name not in weights.tensors or name in renamed:
+            raise NotStreamableError(f"transformers loads {name} from tensors of other names or forms")
+        if name in tied:
+            raise NotStreamableError(f"{name} is shared with another layer")
+        _require_shape(weights, name, parameters[name])
+        targets[name] = LoraTarget(file, places[f"{layer}.lora_A.weight"], places[f"{layer}.lora_B.weight"], scaling)
+    return _StreamPlan(weights, config, skeleton, targets)
+
+
+def _renamed_on_loading(skeleton: PreTrainedModel, weights: StoredWeights) -> set[str]:
+    """Stored tensors that transformers 5 renames, splits, fuses or transposes on the way into the model."""
+    try:  # no public interface, so another release may have it elsewhere
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, rename_source_key
+    except ImportError as error:
+        raise NotStreamableError("this transformers does not tell which weights it renames on loading") from error
+    transforms = get_model_conversion_mapping(skeleton)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters: Any = [transform for transform in transforms if not isinstance(transform, WeightRenaming)]
+    renamed = set()
+    for name in weights.tensors:
+        new_name, converter = rename_source_key(name, renamings, converters)
+        if new_name != name or converter is not None:
+            renamed |= {name, new_name}
+    return renamed
+
+
+def _plain_layers(model: PeftModel) -> dict[str, float]:
+    """Scaling of every adapted layer by peft's name; they are all plain LoRA on linear layers.
+
+    Raises:
+        NotStreamableError: something else is trained as well.
+    """
+    scalings: dict[str, float] = {}
+    adapter: str = model.active_adapter
+    for name, layer in model.named_modules():
+        if (
+            type(layer) is LoraLinear
+            and type(layer.base_layer) is torch.nn.Linear
+            and not layer.lora_variant
+            and not layer.fan_in_fan_out
+        ):
+            scalings[name] = float(layer.scaling[adapter])
+    covered = {f"{name}.lora_{part}.weight" for name in scalings for part in "AB"}
+    others = sorted(get_peft_model_state_dict(model, save_embedding_layers=False).keys() - covered)
+    if others:
+        raise NotStreamableError(f"the adapter is more than plain LoRA on linear layers ({others[0]})")
+    return scalings
+
+
+def _require_shape(weights: StoredWeights, name: str, shape: tuple[int, ...]) -> None:
+    info: TensorInfo = weights.tensors[name]
+    if info.shape != shape:
+        raise ArtefactError(
+            "a weight of the base has another shape than the adapter's config asks for",
+            where=f"{weights.folder}: {name}",
+            got=str(info.shape),
+            expected=str(shape),
+        )
+    if info.dtype not in FLOAT_TYPES:
+        raise NotStreamableError(f"the base is stored in {info.dtype}", where=str(weights.folder))
+
+
+def _edit(target: LoraTarget) -> RowwiseEdit:
+    """W + scaling * (B @ A) for some rows; A and B are read when they are needed."""
+
+    def add(rows: Tensor, first: int) -> Tensor:
+        a = read_tensor(target.file, target.a).float()
+        b = read_tensor(target.file, target.b, first, rows.shape[0]).float()
+        return rows.add_((b @ a).mul_(target.scaling))
+
+    return RowwiseEdit(add)
+
+
+def _prove_by_logits(
+    folder: Path,
+    adapter: Path,
+    source: ModelSource,
+    plan: _StreamPlan,
+    tokenizer: Any,
+    device: torch.device,
+    destination: Path,
+) -> float:
+    """Base + adapter first, then the merged checkpoint, both computed in float32; never both in memory.
+
+    In half precision the computation alone would differ by more than a lost RoPE scaling does.
+    """
+    probe, target_length = probe_ids(tokenizer), int(text_config(plan.config).max_position_embeddings)
+    tolerance = max(ROUNDED_WEIGHTS[FLOAT_TYPES[plan.weights.tensors[name].dtype]] for name in plan.targets)
+    model = load_model(source, plan.config, dtype=torch.float32, device=device)
+    verify_positions(model, plan.config)
+    expected = probe_logits(load_adapter(adapter, model).eval(), probe, target_length)
+    del model
+    reloaded = read_back(folder, torch.float32, device)
+    verify_positions(reloaded, plan.config)
+    return check_logits(probe_logits(reloaded, probe, target_length), expected, tolerance, destination)
 
 
 def describe_positions(config: Any) -> str:

@@ -26,7 +26,7 @@ from ctxext.model.load import (
 )
 from ctxext.pipeline.reporter import Reporter
 from ctxext.pipeline.run_folder import environment_facts
-from ctxext.rope.families import text_config
+from ctxext.rope.families import length_before_scaling, text_config
 from ctxext.rope.verify import verify_positions
 from ctxext.train.adapter import PROVENANCE_NAME, read_provenance
 from ctxext.train.signals import StopRequest
@@ -48,7 +48,7 @@ def evaluate_model(
     source = resolve_source(name, revision)
     config = load_config(source)
     text = text_config(config)
-    reach = int(text.max_position_embeddings)
+    reach = _reach(source, text)
     original = _original_length(source, text)
     stem = short_name(source.name)
     folder = Path(output) if output else Path("runs") / f"eval-{stem}-{Path(suite).stem}"
@@ -103,10 +103,17 @@ def gather_evaluation(folder: Path) -> tuple[ReportFacts, list[Arm]]:
     return facts, [Arm("base", label, recorded=False, samples=samples, run=read_json(folder / "run.json"))]
 
 
+def _reach(source: ModelSource, text: Any) -> int:
+    """Positions that the model reaches: what ctxext.json says (dynamic scaling cannot show it), else the config."""
+    folder = Path(source.location)
+    if (folder / PROVENANCE_NAME).is_file():
+        return int(read_provenance(folder)["target_length"])
+    return int(text.max_position_embeddings)
+
+
 def _original_length(source: ModelSource, text: Any) -> int:
     """The length before extension where checkpoint or config say it, else the model's reach."""
     folder = Path(source.location)
     if (folder / PROVENANCE_NAME).is_file():
         return int(read_provenance(folder)["original_length"])
-    parameters = getattr(text, "rope_parameters", None) or {}
-    return int(parameters.get("original_max_position_embeddings") or text.max_position_embeddings)
+    return length_before_scaling(text) if getattr(text, "rope_parameters", None) else int(text.max_position_embeddings)

@@ -22,6 +22,7 @@ from ctxext.errors import CtxextError, InterruptedRunError, exit_code_of
 from ctxext.evaluation.run import evaluate_arm, suite_identity
 from ctxext.evaluation.store import load_samples
 from ctxext.evaluation.suite import resolve_samples
+from ctxext.export.card import is_edited, write_card
 from ctxext.export.merge import read_back, write_merged
 from ctxext.files import read_json, require_free_space, verify_manifest
 from ctxext.model.load import (
@@ -325,5 +326,10 @@ def _control_arm(job: _Job) -> None:
 
 
 def _report(job: _Job) -> None:
-    if job.is_main:
-        report_run(job.run)
+    if not job.is_main:
+        return
+    report_run(job.run)
+    if is_edited(job.run.merged):
+        job.reporter.info("the model card was edited by hand and is kept; `ctxext card RUN --replace` writes it anew")
+    else:
+        job.reporter.info(f"model card: {write_card(job.run.path)}")

@@ -184,14 +184,7 @@ class RopeMethod(BaseModel, ABC):
         Raises:
             UsageError: an attention factor that this family's attention cannot take on cos and sin.
         """
-        attention_factor = self.attention_multiplier(base) * base.attention_factor
-        if base.own_temperature and attention_factor != 1.0:
-            raise UsageError(
-                "this model's attention has a temperature of its own and takes no attention factor in a frequency map",
-                where="rope.method",
-                got=f"{self.method} with attention factor {attention_factor:g}",
-                expected="yarn in its stock form, or a method without an attention factor",
-            )
+        attention_factor = self._refuse_beside_own_temperature(base)
         unscaled = base.unscaled()
         ratios = np.maximum(self.inv_freq(base) / unscaled, SMALLEST_RATIO)
         factors = [float(factor) for factor in 1.0 / ratios]
@@ -235,6 +228,18 @@ class RopeMethod(BaseModel, ABC):
         """The factor s; `resolved` (or the caller) has set it."""
         assert self.factor is not None, "resolved() comes first"
         return self.factor
+
+    def _refuse_beside_own_temperature(self, base: BaseRope) -> float:
+        """The attention factor in all; refused where the family's attention cannot take one on cos and sin."""
+        attention_factor = self.attention_multiplier(base) * base.attention_factor
+        if base.own_temperature and attention_factor != 1.0:
+            raise UsageError(
+                "this model's attention has a temperature of its own and takes no attention factor in a frequency map",
+                where="rope.method",
+                got=f"{self.method} with attention factor {attention_factor:g}",
+                expected="yarn in its stock form, or a method without an attention factor",
+            )
+        return attention_factor
 
     def _common(self, base: BaseRope, rope_type: str) -> dict[str, Any]:
         return {"rope_type": rope_type, "rope_theta": base.theta, **dict(base.kept)}

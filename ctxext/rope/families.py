@@ -336,6 +336,16 @@ def original_length(config: Any) -> int:
     return length
 
 
+def length_before_scaling(config: Any) -> int:
+    """The length below whatever scaling a config shows; `max_position_embeddings` when it shows none."""
+    lengths = [
+        int(parameters["original_max_position_embeddings"])
+        for parameters in rope_groups(config).values()
+        if parameters.get("original_max_position_embeddings")
+    ]
+    return min([original_length(config), *lengths])
+
+
 def head_dim(text: Any, layer_type: str | None = None) -> int:
     """Dimensions of a head that RoPE is given, before `partial_rotary_factor`."""
     layer_config, views = text, attribute(text, "per_layer_config")

@@ -246,6 +246,7 @@ class Dynamic(Ntk):
     source = "arXiv:2309.00071, sec. 3.3"
     read_by = "transformers; vLLM and mlx-lm compute a fixed or another form"
     trainable = False
+    last: ClassVar[FirstOrLast | None] = "lowered"  # by f s - (f - 1), which is the factor s when f is 1
 
     method: Literal["dynamic"] = "dynamic"  # type: ignore[assignment]
     growth: Annotated[float, Field(ge=1)] = 1.0

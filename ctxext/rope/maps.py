@@ -148,8 +148,9 @@ class LongRope(RopeMethod):
             "short_factor": list(self.short_factor),
             "long_factor": list(self.long_factor),
         }
-        if self.attention_factor is not None:
-            parameters["attention_factor"] = self.attention_factor
+        self._refuse_beside_own_temperature(base)
+        if self.attention_factor is not None or base.own_temperature:
+            parameters["attention_factor"] = self.attention_multiplier(base)
         return parameters
 
     def map_parameters(self, base: BaseRope) -> dict[str, Any]:
@@ -227,7 +228,7 @@ class Cope(RopeMethod):
             )
         taper = np.ones(half)
         taper[half - self.dimensions :] = (1.0 + np.cos(np.linspace(0.0, np.pi, self.dimensions))) / 2.0
-        return base.inv_freq() * np.maximum(taper, SMALLEST_RATIO)
+        return np.asarray(np.maximum(base.inv_freq() * taper, base.unscaled() * SMALLEST_RATIO))
 
 
 class Resonance(RopeMethod):

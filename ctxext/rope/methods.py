@@ -67,20 +67,26 @@ def _method_name(method: type[RopeMethod]) -> str:
 def _registry() -> tuple[dict[str, type[RopeMethod]], dict[str, str]]:
     """Methods by name, and what is wrong with those of other distributions that cannot be used."""
     methods = {_method_name(method): method for method in _OWN}
+    added: dict[str, str] = {}
     broken: dict[str, str] = {}
     for entry in entry_points(group=ENTRY_POINT_GROUP):
+        by = entry.dist.name if entry.dist is not None else entry.value
         try:
             found = entry.load()
             if not (isinstance(found, type) and issubclass(found, RopeMethod)):
                 raise TypeError(f"{entry.value} is no RopeMethod class")
             if _method_name(found) != entry.name:
                 raise TypeError(f"its method field says '{_method_name(found)}'")
-            if entry.name in methods:
-                raise TypeError("a method of that name exists already")
+            if entry.name in methods and entry.name not in added:
+                raise TypeError("ctxext has a method of that name, which is used")
+            if added.setdefault(entry.name, by) != by:
+                raise TypeError(f"both {added[entry.name]} and {by} add a method of that name")
         except Exception as error:  # whatever a foreign module does on import must not take ctxext down
             broken[entry.name] = f"{type(error).__name__}: {error}"
         else:
             methods[entry.name] = found
+    for name in broken.keys() & added.keys():
+        methods.pop(name, None)  # which of the two was meant cannot be known
     return methods, broken
 
 
@@ -102,7 +108,7 @@ def create_method(name: str, **parameters: Any) -> RopeMethod:
     Raises:
         UsageError: unknown method, unknown parameter or bad value.
     """
-    if name in BROKEN_METHODS:
+    if name in BROKEN_METHODS and name not in METHODS:
         raise UsageError(
             f"the RoPE method '{name}' of another distribution cannot be used ({BROKEN_METHODS[name]})",
             where="method",
@@ -115,6 +121,8 @@ def create_method(name: str, **parameters: Any) -> RopeMethod:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            raise unknown_name(f"parameter of method '{name}'", key, parameter_names(METHODS[name])) from error
         accepted = ", ".join(parameter_names(METHODS[name]))
         raise UsageError(
             f"bad parameter for method '{name}': {first['msg'].removeprefix('Value error, ')}",

@@ -85,7 +85,7 @@ def apply_method(
     if hasattr(text, "original_max_position_embeddings") and not untouched:
         # Phi-3 keeps it outside the dict, and transformers gives that one priority.
         text.original_max_position_embeddings = parameters.get("original_max_position_embeddings", target_length)
-    if attribute(text, "head_dim", 0) is None and attribute(text, "per_layer_config") is None:
+    if attribute(text, "head_dim", 0) is None:
         # Mixtral and MiniMax leave it open, which transformers' own YaRN cannot read.
         text.head_dim = text.hidden_size // text.num_attention_heads
     text.standardize_rope_params()

@@ -58,3 +58,14 @@ def reference_tables(config: Any) -> dict[str | None, RopeTable]:
         )
         for layer_type, parameters in rope_groups(config).items()
     }
+
+
+def describe_positions(config: Any) -> str:
+    """One line: RoPE type, factor, theta and reach of a config, by layer type where they differ."""
+    text = text_config(config)
+    groups = []
+    for layer_type, parameters in rope_groups(config).items():
+        factor = f" factor {parameters['factor']:g}" if "factor" in parameters else ""
+        name = f"{layer_type}: " if layer_type else ""
+        groups.append(f"{name}{parameters.get('rope_type', 'default')}{factor}, theta {parameters['rope_theta']:g}")
+    return f"{'; '.join(groups)}; {text.max_position_embeddings} positions"

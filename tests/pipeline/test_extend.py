@@ -282,7 +282,8 @@ def test_verify_tells_of_checksums_origin_and_positions(finished: tuple[Job, Sil
         lines = list(verify_checkpoint(job.output / part))
         assert any("all checksums hold" in line for line in lines)
         assert any("yarn, 128 to 256 positions" in line for line in lines)
-        assert "positions in effect: 1 rotary module x 8 frequencies" in lines[-1]
+        assert any("positions in effect: 1 rotary module x 8 frequencies" in line for line in lines)
+        assert any("positions back influence the last one" in line for line in lines)
 
 
 def test_verify_refuses_a_folder_whose_positions_are_not_those_it_was_made_with(tmp_path: Path) -> None:
@@ -295,7 +296,7 @@ def test_verify_refuses_a_folder_whose_positions_are_not_those_it_was_made_with(
     with pytest.raises(ArtefactError, match=r"config\.json: the file"):
         list(verify_checkpoint(job.output))
     (job.output / "merged" / "manifest.json").unlink()
-    with pytest.raises(ArtefactError, match=r"not in effect|differ"):
+    with pytest.raises(ArtefactError, match="has other positions than .* with yarn"):
         list(verify_checkpoint(job.output))
 
 

@@ -135,6 +135,14 @@ BAD_PARAMETERS: dict[str, tuple[str, dict[str, Any], str]] = {
     "parameter of another method": ("linear", {"beta_fast": 32.0}, "beta_fast"),
     "none without control": ("none", {}, "control"),
     "none with control off": ("none", {"control": False}, "control"),
+    "longrope without factors": ("longrope", {}, "long_factor"),
+    "longrope with a negative factor": ("longrope", {"long_factor": [1.0, -1.0]}, "long_factor"),
+    "frequency map without a map": ("frequency-map", {}, "frequencies"),
+    "frequency map with two maps": ("frequency-map", {"frequencies": [1.0], "ratios": [1.0]}, "ratios"),
+    "cope of one dimension": ("cope", {"dimensions": 1}, "dimensions"),
+    "resonance after nothing known": ("resonance", {"after": "dynamic"}, "after"),
+    "dynamic that shrinks": ("dynamic", {"growth": 0.5}, "growth"),
+    "ntk-by-parts with an attention factor": ("ntk-by-parts", {"attention_factor": 1.2}, "attention_factor"),
 }
 
 
@@ -167,9 +175,16 @@ def test_a_ramp_of_one_step_interpolates_all_but_the_fastest_dimension() -> None
     np.testing.assert_allclose(ratios, [1.0, *[0.25] * 31], rtol=1e-12)
 
 
+NEEDED: dict[str, dict[str, Any]] = {
+    "none": {"control": True},
+    "longrope": {"long_factor": [2.0] * 4},
+    "frequency-map": {"ratios": [0.5] * 4},
+}
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_a_resolved_method_knows_its_factor(name: str) -> None:
-    method = create_method(name, **({"control": True} if name == "none" else {}))
+    method = create_method(name, **NEEDED.get(name, {}))
     assert method.factor is None
     assert method.resolved(8192, 16384).factor == 2.0
     assert method.resolved(1000, 1500).factor == 1.5
@@ -190,7 +205,7 @@ def test_a_factor_that_contradicts_the_lengths_is_refused() -> None:
 def test_unscaled_and_unknown_rope_types_on_the_way_back() -> None:
     assert isinstance(method_from_rope_parameters({"rope_theta": 1e4}), NoRewrite)
     with pytest.raises(UsageError, match="rope_type"):
-        method_from_rope_parameters({"rope_type": "longrope", "rope_theta": 1e4})
+        method_from_rope_parameters({"rope_type": "spiral", "rope_theta": 1e4})
 
 
 @pytest.mark.parametrize("name", METHODS)

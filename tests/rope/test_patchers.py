@@ -10,8 +10,8 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
+    Cohere2Config,
     FalconConfig,
-    Gemma3TextConfig,
     GPT2Config,
     GPTJConfig,
     GPTNeoXConfig,
@@ -32,6 +32,7 @@ from transformers import (
 
 from ctxext.errors import UnsupportedModelError, UsageError
 from ctxext.model.load import quiet
+from ctxext.rope.families import classify
 from ctxext.rope.patchers import extend_config
 from ctxext.rope.verify import verify_positions
 
@@ -52,6 +53,7 @@ FAMILIES: dict[str, PreTrainedConfig] = {
     "qwen2": Qwen2Config(**GROUPED, rope_parameters=dict(DEFAULT_ROPE)),
     "qwen3": Qwen3Config(**GROUPED, head_dim=32, rope_parameters=dict(DEFAULT_ROPE)),
     "mistral": MistralConfig(**GROUPED, rope_parameters=dict(DEFAULT_ROPE)),
+    "phi3, which takes longrope alone": Phi3Config(**GROUPED, pad_token_id=0, rope_parameters=dict(DEFAULT_ROPE)),
     "mixtral, whose head_dim is open": MixtralConfig(
         **GROUPED, num_local_experts=2, rope_parameters=dict(DEFAULT_ROPE)
     ),
@@ -107,6 +109,12 @@ def test_the_extended_config_is_complete(config: PreTrainedConfig, settings: dic
     parameters = extended.rope_parameters
     assert parameters["rope_theta"] == 20000.0
     assert parameters.get("partial_rotary_factor") == config.rope_parameters.get("partial_rotary_factor")
+    if settings["method"] != "none" and classify(config).kind == "only as map":
+        # Readers derive an attention factor from these two, which must come out as 1.
+        assert parameters["rope_type"] == "longrope"
+        assert (parameters["factor"], parameters["original_max_position_embeddings"]) == (1.0, TARGET)
+        assert parameters["short_factor"] == parameters["long_factor"]
+        return
     if settings["method"] == "yarn":
         assert type(parameters["original_max_position_embeddings"]) is int
         assert parameters["original_max_position_embeddings"] == ORIGINAL
@@ -174,8 +182,7 @@ REFUSED: dict[str, tuple[PreTrainedConfig, str]] = {
         "already scaled; got 'llama3'",
     ),
     "yarn-scaled": (extend_config(FAMILIES["llama"], target_length=256), "already scaled; got 'yarn'"),
-    "one rope per layer type": (Gemma3TextConfig(), "one RoPE per layer type"),
-    "phi3, which takes longrope alone": (Phi3Config(**GROUPED, pad_token_id=0), "phi3"),
+    "only sliding layers rotate": (Cohere2Config(), "only its sliding-window or chunked layers rotate"),
     "odd rotary dimension": (edited(FAMILIES["llama"], head_dim=15), "must be even"),
     "no length": (edited(FAMILIES["llama"], max_position_embeddings=0), "how many positions"),
     "no base": (edited(FAMILIES["llama"], rope_parameters={"rope_type": "default"}), "RoPE base"),

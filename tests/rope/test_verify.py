@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 import torch
 from support import TARGET_LENGTH, tiny_config
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ctxext.errors import PositionsNotInEffectError, UnsupportedModelError
@@ -173,7 +180,45 @@ def test_a_model_without_rotary_modules_is_noticed() -> None:
         verify_positions(torch.nn.Linear(2, 2), extended())
 
 
-@pytest.mark.parametrize("config", [GPT2Config(), Gemma3TextConfig()], ids=["no rope", "nested"])
-def test_a_config_without_reference_is_refused(config: Any) -> None:
-    with pytest.raises(UnsupportedModelError, match="no reference"):
-        verify_positions(torch.nn.Linear(2, 2), config)
+def test_a_config_without_reference_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="no rotary positions"):
+        verify_positions(torch.nn.Linear(2, 2), GPT2Config())
+    unknown = tiny_config()
+    unknown.rope_parameters["rope_type"] = "spiral"
+    with pytest.raises(UnsupportedModelError, match=r"no reference.*got 'spiral'"):
+        verify_positions(torch.nn.Linear(2, 2), unknown)
+
+
+NESTED: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
+
+
+@pytest.mark.parametrize("layer_type", ["sliding_attention", "full_attention"])
+def test_each_layer_type_is_compared_with_its_own_reference(layer_type: str) -> None:
+    config = extend_config(Gemma3TextConfig(**NESTED), target_length=TARGET_LENGTH)
+    torch.manual_seed(0)
+    model = Gemma3ForCausalLM(copy.deepcopy(config)).eval()
+    result = verify_positions(model, config)
+    assert set(result.layer_types) == {"sliding_attention", "full_attention"}
+    assert result.attention_factor > 1
+    getattr(model.model.rotary_emb, f"{layer_type}_inv_freq")[3] *= 1.001
+    with pytest.raises(PositionsNotInEffectError, match=rf"{layer_type}_inv_freq\[3\]"):
+        verify_positions(model, config)
+
+
+def test_a_module_of_a_layer_type_that_the_config_does_not_name_is_noticed() -> None:
+    config = extend_config(Gemma3TextConfig(**NESTED), target_length=TARGET_LENGTH)
+    model = torch.nn.ModuleList(
+        [Gemma3ForCausalLM(copy.deepcopy(config)).model.rotary_emb, LlamaRotaryEmbedding(extended())]
+    )
+    with pytest.raises(PositionsNotInEffectError, match="belongs to no layer type"):
+        verify_positions(model, config)
