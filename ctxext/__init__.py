@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ctxext.errors import CtxextError
+    from ctxext.export.patch import patch_checkpoint
     from ctxext.recipe.load import load_recipe
     from ctxext.recipe.schema import Recipe
+    from ctxext.rope.live import patch_model, unpatch
     from ctxext.rope.patchers import extend_config
     from ctxext.rope.verify import verify_positions
 
@@ -22,10 +24,23 @@ _PLACES = {
     "Recipe": "ctxext.recipe.schema",
     "extend_config": "ctxext.rope.patchers",
     "load_recipe": "ctxext.recipe.load",
+    "patch_checkpoint": "ctxext.export.patch",
+    "patch_model": "ctxext.rope.live",
+    "unpatch": "ctxext.rope.live",
     "verify_positions": "ctxext.rope.verify",
 }
 
-__all__ = ["CtxextError", "Recipe", "__version__", "extend_config", "load_recipe", "verify_positions"]
+__all__ = [
+    "CtxextError",
+    "Recipe",
+    "__version__",
+    "extend_config",
+    "load_recipe",
+    "patch_checkpoint",
+    "patch_model",
+    "unpatch",
+    "verify_positions",
+]
 
 
 def __getattr__(name: str) -> Any:

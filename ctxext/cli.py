@@ -95,8 +95,8 @@ def merge(
         raise UsageError("unknown dtype", where="--dtype", got=dtype, expected="auto, float32 or bfloat16")
     proof = merge_adapter(folder, Path(destination), dtype)
     reporter = _reporter()
-    reporter.info(f"largest logit difference to base + adapter: {proof.largest_logit_difference:.1e}")
-    reporter.info(proof.verification.summary())
+    for line in proof.summary():
+        reporter.info(line)
     reporter.info(f"merged checkpoint: {proof.folder}")
 
 

@@ -32,7 +32,7 @@ OnSample = Callable[[SampleResult], None]
 
 @dataclass(frozen=True)
 class Answer:
-    """Greedy continuation of a prompt and the prompt's own next-token losses [S - 1]."""
+    """Greedy continuation of a prompt and the prompt's own next-token losses [S - 1] ([0] when not measured)."""
 
     ids: list[int]
     losses: Tensor
@@ -58,12 +58,14 @@ class Answerer:
         """How many prompts of this length are answered together; one when a prompt fills more than a prefill chunk."""
         return max(BATCH_TOKENS // length_tokens, 1) if length_tokens <= self._chunk else 1
 
-    def answer(self, input_ids: list[int], max_new_tokens: int) -> Answer:
+    def answer(self, input_ids: list[int], max_new_tokens: int, *, measure_loss: bool = True) -> Answer:
         """Prefill, then decode greedily until a stop token or `max_new_tokens`."""
-        return self.answer_together([input_ids], max_new_tokens)[0]
+        return self.answer_together([input_ids], max_new_tokens, measure_loss=measure_loss)[0]
 
     @torch.inference_mode()
-    def answer_together(self, prompts: list[list[int]], max_new_tokens: int) -> list[Answer]:
+    def answer_together(
+        self, prompts: list[list[int]], max_new_tokens: int, *, measure_loss: bool = True
+    ) -> list[Answer]:
         """Answers to prompts of equal length, each as if it were alone: no row is padded and none sees another.
 
         Raises:
@@ -73,11 +75,13 @@ class Answerer:
             raise ValueError(f"prompts of one length expected, got lengths {sorted({len(p) for p in prompts})}")
         ids = torch.tensor(prompts, device=self._device)
         cache = DynamicCache(config=self._model.config)
-        losses: list[Tensor] = []
+        losses: list[Tensor] = [torch.empty(len(prompts), 0)]
         hidden = torch.empty(0)
         for start in range(0, ids.shape[1], self._chunk):
             piece = ids[:, start : start + self._chunk]
             hidden = self._parts.hidden_states(piece, past_key_values=cache, use_cache=True)
+            if not measure_loss:
+                continue
             targets = ids[:, start + 1 : start + 1 + piece.shape[1]]
             flat = token_losses(hidden[:, : targets.shape[1]].flatten(0, 1), self._parts.head, targets.flatten())
             losses.append(flat.view(targets.shape).cpu())
@@ -163,7 +167,9 @@ def _answered(answerer: Answerer, prompts: list[Prompt], suite: Suite) -> list[S
         return []
     started = time.perf_counter()
     with suppress(torch.OutOfMemoryError):
-        answers = answerer.answer_together([prompt.input_ids for prompt in prompts], suite.max_new_tokens)
+        answers = answerer.answer_together(
+            [prompt.input_ids for prompt in prompts], suite.max_new_tokens, measure_loss=suite.measure_loss
+        )
         seconds = (time.perf_counter() - started) / len(prompts)
         return [
             _scored(answerer, prompt, answer, suite, seconds) for prompt, answer in zip(prompts, answers, strict=True)
@@ -182,7 +188,7 @@ def _scored(answerer: Answerer, prompt: Prompt, answer: Answer, suite: Suite, se
         score=number_match(text, prompt.needle.value),
         metric=NUMBER_MATCH,
         degenerate=degenerate_kind(text, answer.ids),
-        loss_blocks=block_means(answer.losses, suite.loss_block_tokens),
+        loss_blocks=block_means(answer.losses, suite.loss_block_tokens) if suite.measure_loss else [],
         loss_block_tokens=suite.loss_block_tokens,
         seconds=round(seconds, 3),
     )

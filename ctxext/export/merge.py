@@ -61,6 +61,7 @@ from ctxext.model.load import (
     weights_fingerprint,
 )
 from ctxext.rope.families import text_config
+from ctxext.rope.portable import exported_form, fold_edits
 from ctxext.rope.verify import verify_positions
 from ctxext.train.adapter import (
     PROVENANCE_NAME,
@@ -75,12 +76,13 @@ from ctxext.train.adapter import (
 __all__ = [
     "MergeProof",
     "NotStreamableError",
-    "describe_positions",
     "merge_adapter",
     "merge_streamed",
     "probe_ids",
     "probe_logits",
     "read_back",
+    "refuse_existing",
+    "safetensors_folder",
     "write_merged",
 ]
 
@@ -124,12 +126,12 @@ def merge_adapter(adapter: Path, destination: Path, dtype: str = "auto") -> Merg
         ArtefactError: the folder is no adapter of ctxext, is damaged, does not fit its base, or the destination exists.
         ResourceError: not enough disk.
     """
-    _refuse_existing(destination)
+    refuse_existing(destination)
     provenance = read_provenance(adapter)
     config = adapter_config(adapter)
     source = base_of(provenance)
     try:
-        base_folder = _safetensors_folder(source)
+        base_folder = safetensors_folder(source)
         if dtype != "auto":
             _require_dtype(checkpoint_tensors(base_folder), choose_dtype(dtype, choose_device()))
         return merge_streamed(adapter, base_folder, destination)
@@ -166,7 +168,7 @@ def merge_streamed(
         ArtefactError: adapter or base is damaged, they do not fit together, or the destination exists.
         ResourceError: not enough disk.
     """
-    _refuse_existing(destination)
+    refuse_existing(destination)
     provenance = read_provenance(adapter)
     source = _same_base(provenance, base_folder)
     plan = _plan(adapter, base_folder)
@@ -210,13 +212,13 @@ def write_merged(
     expected = probe_logits(model, probe, target_length)
     merged: Any = model.merge_and_unload()
     same_weights = probe_logits(merged, probe, target_length)
+    config = _take_exported_form(merged)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tensor_write_errors(folder), directory_atomic(folder) as partial:
         with quiet():
             merged.save_pretrained(partial)
         write_both_forms(partial)
         _write_companions(partial, tokenizer, provenance)
-        config = merged.config
         del merged
         reloaded = read_back(partial, dtype, device)
         actual = probe_logits(reloaded, probe, target_length)
@@ -227,7 +229,24 @@ def write_merged(
     return reloaded, MergeProof(folder, difference, verification)
 
 
-def _refuse_existing(destination: Path) -> None:
+def _take_exported_form(merged: Any) -> PreTrainedConfig:
+    """Give a merged model the form that every reader computes right; returns the config that is written.
+
+    An attention factor that readers would misread goes into the weights. The model itself is spent: its rotary modules
+    still have the former one.
+    """
+    written: PreTrainedConfig
+    written, factors = exported_form(merged.config)
+    parameters = dict(merged.named_parameters())
+    with torch.no_grad():
+        for name, edit in fold_edits(merged.config, parameters, factors).items():
+            parameters[name].copy_(edit(parameters[name].float()))
+    merged.config = written
+    return written
+
+
+def refuse_existing(destination: Path) -> None:
+    """Raise an ArtefactError when something is there."""
     if destination.exists():
         raise ArtefactError("the destination exists already", where=str(destination), hint="Choose another folder.")
 
@@ -258,7 +277,7 @@ def _write_config(folder: Path, plan: _StreamPlan, base_folder: Path) -> None:
         plan.skeleton.generation_config.save_pretrained(folder)
 
 
-def _safetensors_folder(source: ModelSource) -> Path:
+def safetensors_folder(source: ModelSource) -> Path:
     """Where the source's safetensors lie; a hub model's are fetched into the hub's cache.
 
     Raises:
@@ -274,9 +293,17 @@ def _safetensors_folder(source: ModelSource) -> Path:
     if (folder / SINGLE_NAME).is_file():
         return folder
     if not (folder / INDEX_NAME).is_file():
-        raise NotStreamableError("the base is not stored as safetensors", where=source.name)
+        raise NotStreamableError(
+            "the base is not stored as safetensors",
+            where=source.name,
+            expected=f"{SINGLE_NAME} or {INDEX_NAME}",
+            hint="Convert it: load it once with transformers and save_pretrained.",
+        )
     # By name: some repositories hold the same weights once more under other names.
     return folder if is_local else _snapshot(source, sorted(set(read_index(folder / INDEX_NAME).values())))
+
+
+safetensors_folder = safetensors_folder  # until ctxext.export.patch imports the public name
 
 
 def _snapshot(source: ModelSource, names: list[str]) -> Path:
@@ -332,6 +359,8 @@ def _plan(adapter: Path, base_folder: Path) -> _StreamPlan:
         raise NotStreamableError(f"the adapter changes its base at the start ({lora.init_lora_weights})")
     if getattr(config, "quantization_config", None) is not None:
         raise NotStreamableError("the base is quantised")
+    if exported_form(config)[1]:
+        raise NotStreamableError("its attention factor has to be folded into query and key")
     weights = checkpoint_tensors(base_folder)
     try:
         skeleton = meta_model(config)
@@ -446,12 +475,3 @@ def _prove_by_logits(
     reloaded = read_back(folder, torch.float32, device)
     verify_positions(reloaded, plan.config)
     return check_logits(probe_logits(reloaded, probe, target_length), expected, tolerance, destination)
-
-
-def describe_positions(config: Any) -> str:
-    """One line: RoPE type, factor and reach of a config."""
-    text = text_config(config)
-    parameters = text.rope_parameters
-    factor = f" factor {parameters['factor']:g}" if "factor" in parameters else ""
-    reach = f"{text.max_position_embeddings} positions"
-    return f"{parameters['rope_type']}{factor}, theta {parameters['rope_theta']:g}, {reach}"

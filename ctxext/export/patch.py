@@ -16,11 +16,10 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from ctxext.errors import ArtefactError
 from ctxext.export.checkpoint import has_older_form, write_both_forms
-from ctxext.export.merge import _refuse_existing as refuse_existing
-from ctxext.export.merge import _safetensors_folder as safetensors_folder
+from ctxext.export.merge import refuse_existing, safetensors_folder
 from ctxext.export.proof import with_real_rotary_modules
 from ctxext.export.stored import checkpoint_tensors
-from ctxext.export.stream import stream_weights
+from ctxext.export.stream import row_scaling, stream_weights
 from ctxext.files import directory_atomic, read_json, write_json_atomic, write_manifest
 from ctxext.model.load import (
     ModelSource,
@@ -31,10 +30,10 @@ from ctxext.model.load import (
     resolve_source,
     weights_fingerprint,
 )
-from ctxext.rope.families import OnExisting, base_ropes, rope_groups, text_config
+from ctxext.rope.families import OnExisting, base_ropes, text_config
 from ctxext.rope.methods import RopeMethod, create_method
 from ctxext.rope.patchers import apply_method
-from ctxext.rope.portable import fold_edits, needs_portable_form, portable_config
+from ctxext.rope.portable import exported_form, fold_edits
 from ctxext.rope.verify import RopeVerification, verify_positions
 from ctxext.train.adapter import PROVENANCE_NAME
 
@@ -120,7 +119,7 @@ def patch_checkpoint(
     base = base_ropes(config, "replace" if asked.method == "none" else on_existing)[0]
     resolved = asked.resolved(base.original_length, target_length)
     extended = apply_method(config, asked, target_length, on_existing)
-    written, folded = to_exported_form(extended, portable)
+    written, folded = exported_form(extended, portable)
     provenance = {
         "base": {
             "source": resolved_source.name,
@@ -132,7 +131,7 @@ def patch_checkpoint(
         "original_length": base.original_length,
         "target_length": target_length,
         "trained": False,
-        "portable": exported_portable(extended, written),
+        "portable": text_config(extended).rope_parameters != text_config(written).rope_parameters,
     }
     destination.parent.mkdir(parents=True, exist_ok=True)
     with directory_atomic(destination) as partial:
@@ -159,31 +158,6 @@ def patch_checkpoint(
     )
 
 
-def to_exported_form(
-    extended: PreTrainedConfig, portable: bool | None = None
-) -> tuple[PreTrainedConfig, dict[str | None, float]]:
-    """The config as it is written to disk, and the attention factors that go into the weights by layer type.
-
-    Args:
-        portable: True for the portable form always, False for stock types (a map with an attention factor is then
-            written as it is, and other programs misread it), None for what every reader computes right.
-    """
-    if portable is False or not any(map(_is_scaled, rope_groups(extended).values())):
-        return extended, {}
-    return portable_config(extended, force=bool(portable))
-
-
-def exported_portable(extended: PreTrainedConfig, written: PreTrainedConfig) -> bool:
-    """Whether exporting changed the form."""
-    return bool(text_config(extended).rope_parameters != text_config(written).rope_parameters)
-
-
-def _is_scaled(parameters: dict[str, Any]) -> bool:
-    return parameters.get("rope_type", "default") not in ("default", "dynamic") and (
-        parameters.get("rope_type") != "longrope" or needs_portable_form(parameters)
-    )
-
-
 def _write_streamed(
     folder: Path,
     source: ModelSource,
@@ -193,7 +167,12 @@ def _write_streamed(
     link: bool,
 ) -> str:
     base_folder = safetensors_folder(source)
-    edits = fold_edits(extended, checkpoint_tensors(base_folder).tensors, folded)
+    tensors = checkpoint_tensors(base_folder).tensors
+    edits = {
+        # Folding multiplies rows of a matrix, so that it can be done a few rows at a time.
+        name: row_scaling(edit, tensors[name].num_rows) if len(tensors[name].shape) == 2 else edit
+        for name, edit in fold_edits(extended, tensors, folded).items()
+    }
     report = stream_weights(base_folder, folder, edits, link=link)
     written.save_pretrained(folder)
     for pattern in _COMPANIONS:
@@ -236,6 +215,3 @@ def set_tokenizer_limit(folder: Path, target_length: int) -> None:
     if not isinstance(values, dict):
         raise ArtefactError("the tokenizer's config is no mapping", where=str(path), got=type(values).__name__)
     write_json_atomic(path, {**values, "model_max_length": target_length})
-
-
-__all__ = ["PatchReport", "exported_portable", "patch_checkpoint", "set_tokenizer_limit", "to_exported_form"]

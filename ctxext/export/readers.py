@@ -59,6 +59,7 @@ OWN_FACTOR = "derives an attention factor of its own"
 DIFFERS = "differs"
 CANNOT_TELL = "cannot tell"
 FAILED = "failed"
+NOT_ASKED = "not asked"
 
 # Mean difference over the scored tokens that still counts as rounding. Measured in float32 on SmolLM2-135M, 1,500
 # tokens: 0 to 3e-5 for every reader that is right, 0.03 to 2 for the mistakes above.
@@ -75,7 +76,8 @@ class ReaderVerdict:
     Attributes:
         reader: as on the command line.
         version: of the reader's package.
-        verdict: `right`, the mistake it makes, `differs`, `cannot tell` or `failed`.
+        verdict: `right`, the mistake it makes, `differs`, `cannot tell`, `failed`, or `not asked` when the checkpoint
+            cannot be brought into a form that the reader opens.
         detail: what a person should know besides, or "".
         mean_difference, largest_difference: to transformers 5; None when the reader failed.
         unscaled_mean, unscaled_largest: what the scaling is worth on this prompt, transformers 5 with it against
@@ -186,8 +188,10 @@ def prompt_length(checkpoint: Path, num_tokens: int | None = None, original_leng
 
     Raises:
         UsageError: the asked length is not between the two.
-        ArtefactError: the original length is not known.
+        ArtefactError: no checkpoint, or its original length is not known.
     """
+    if not (checkpoint / "config.json").is_file():
+        raise ArtefactError("the folder holds no config.json, so it is not a model", where=str(checkpoint))
     config = load_config(resolve_source(str(checkpoint)))
     target = int(text_config(config).max_position_embeddings)
     original = original_length or _original_length(checkpoint, config)
@@ -379,7 +383,7 @@ def ask_about(environment: Environment, trials: Sequence[Trial], timeout_seconds
     ]
     answers = iter(ask(environment, questions, timeout_seconds=timeout_seconds) if questions else ())
     return [
-        judge(environment, trial, next(answers) if isinstance(model, Path) else Answer(None, model))
+        judge(environment, trial, next(answers) if isinstance(model, Path) else model)
         for model, trial in zip(models, trials, strict=True)
     ]
 
@@ -394,16 +398,19 @@ def _model_for(reader: Reader, trial: Trial) -> Path | str:
     try:
         export_gguf(trial.folder, path, dtype="float32")
     except CtxextError as error:
-        return f"no GGUF: {error.sentence()}"
+        return error.sentence()
     return path
 
 
-def judge(environment: Environment, trial: Trial, answer: Answer) -> ReaderVerdict:
-    """The verdict on one answer."""
+def judge(environment: Environment, trial: Trial, answer: Answer | str) -> ReaderVerdict:
+    """The verdict on one answer, or on the reason why there was nothing to ask about."""
     right = trial.expected[RIGHT]
     unscaled = trial.expected.get(IGNORES)
-    if answer.log_probs is None:
-        verdict, detail, observed = FAILED, answer.error or "", None
+    observed = None
+    if isinstance(answer, str):
+        verdict, detail = NOT_ASKED, answer
+    elif answer.log_probs is None:
+        verdict, detail = FAILED, answer.error or ""
     else:
         observed = np.asarray(answer.log_probs)
         verdict, detail = classify(observed, trial.expected)
@@ -420,7 +427,7 @@ def judge(environment: Environment, trial: Trial, answer: Answer) -> ReaderVerdi
         num_scored=trial.num_scored,
         num_layers=trial.num_layers,
         of_layers=trial.of_layers,
-        seconds=round(answer.seconds, 2),
+        seconds=0.0 if isinstance(answer, str) else round(answer.seconds, 2),
     )
 
 
@@ -474,7 +481,7 @@ def verdict_table(verdicts: Sequence[ReaderVerdict]) -> Table:
     for title in ("reader", "version", "verdict", "difference: mean", "largest", "scaling is worth", "asked about"):
         table.add_column(title, overflow="fold")
     for verdict in verdicts:
-        style = "green" if verdict.is_right else "yellow" if verdict.verdict == CANNOT_TELL else "red"
+        style = "green" if verdict.is_right else "yellow" if verdict.verdict in (CANNOT_TELL, NOT_ASKED) else "red"
         detail = f"\n[dim]{escape(verdict.detail)}[/dim]" if verdict.detail else ""
         table.add_row(
             verdict.reader,

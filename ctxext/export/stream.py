@@ -45,6 +45,7 @@ __all__ = [
     "checkpoint_tensors",
     "read_header",
     "read_tensor",
+    "row_scaling",
     "stream_weights",
 ]
 
@@ -66,6 +67,19 @@ class RowwiseEdit:
 
     def __call__(self, tensor: Tensor) -> Tensor:
         return self.function(tensor, 0)
+
+
+def row_scaling(edit: Edit, num_rows: int) -> RowwiseEdit:
+    """The same edit by rows, for one that does nothing but multiply each row by a number of its own.
+
+    The numbers are found by editing a column of ones.
+    """
+    factors = edit(torch.ones(num_rows, 1))[:, 0]
+
+    def scale(rows: Tensor, first: int) -> Tensor:
+        return rows.mul_(factors[first : first + len(rows)].view(-1, *(1,) * (rows.ndim - 1)))
+
+    return RowwiseEdit(scale)
 
 
 @dataclass(frozen=True)

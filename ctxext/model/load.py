@@ -26,6 +26,7 @@ from transformers.utils import logging as hf_logging
 
 from ctxext.errors import ArtefactError, CtxextError, UnsupportedModelError, unknown_name
 from ctxext.files import fingerprint, safe_join, sha256_bytes, shipped_directory
+from ctxext.model.package import joined_file
 from ctxext.rope.families import text_config
 
 _PACKAGE_PREFIX = "package:"
@@ -123,6 +124,10 @@ def _package_file(name: str) -> Path:
         )
     root = Path(spec.submodule_search_locations[0]).resolve()
     path = (root / inside).resolve()
+    if path.is_relative_to(root) and not path.exists():
+        path = joined_file(package, inside) or path
+        if path.exists():
+            return path
     if not path.is_relative_to(root) or not path.exists():
         raise ArtefactError("the package holds no such file", where=name, got=inside)
     return path

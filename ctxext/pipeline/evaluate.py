@@ -24,6 +24,7 @@ from ctxext.model.load import (
     short_name,
     weights_fingerprint,
 )
+from ctxext.model.windowed import attention_for
 from ctxext.pipeline.reporter import Reporter
 from ctxext.pipeline.run_folder import environment_facts
 from ctxext.rope.families import length_before_scaling, text_config
@@ -53,7 +54,8 @@ def evaluate_model(
     stem = short_name(source.name)
     folder = Path(output) if output else Path("runs") / f"eval-{stem}-{Path(suite).stem}"
     device = choose_device()
-    model = load_model(source, config, dtype=choose_dtype(dtype, device), device=device)
+    attention = attention_for(config, device)
+    model = load_model(source, config, dtype=choose_dtype(dtype, device), device=device, attention=attention)
     try:
         reporter.info(verify_positions(model, config).summary())
     except UnsupportedModelError as error:  # evaluating needs no RoPE; a RoPE that differs from its config is an error

@@ -43,6 +43,7 @@ from ctxext.planning.plan import Plan, make_plan, suite_of
 from ctxext.recipe.schema import Recipe
 from ctxext.rope.methods import NoRewrite, RopeMethod
 from ctxext.rope.patchers import apply_method
+from ctxext.rope.portable import exported_form
 from ctxext.rope.verify import verify_positions
 from ctxext.train.adapter import load_adapter, save_adapter
 from ctxext.train.checkpoint import TrainState
@@ -301,7 +302,7 @@ def _merge_and_evaluate(job: _Job) -> None:
         if _evaluation_complete(job, arm):
             return
         model = read_back(job.run.merged, job.dtype, job.device)
-        job.reporter.info(verify_positions(model, config).summary())
+        job.reporter.info(verify_positions(model, exported_form(config)[0]).summary())
     else:
         wrapped = load_adapter(job.run.adapter, _load(job, config))
         model, proof = write_merged(job.run.merged, wrapped, job.tokenizer, _provenance(job, job.recipe.rope))

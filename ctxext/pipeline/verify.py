@@ -12,7 +12,6 @@ from rich.table import Table
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ctxext.errors import ArtefactError, PositionsNotInEffectError, UnsupportedModelError, UsageError
-from ctxext.export.patch import to_exported_form
 from ctxext.export.portability import portability, portability_lines, portability_table
 from ctxext.export.proof import probe_ids
 from ctxext.export.readers import verdict_table, verify_readers
@@ -22,6 +21,7 @@ from ctxext.model.probes import probe_model
 from ctxext.rope.families import length_before_scaling, original_length, rope_groups, text_config
 from ctxext.rope.methods import create_method
 from ctxext.rope.patchers import apply_method
+from ctxext.rope.portable import exported_form
 from ctxext.rope.reference import describe_positions, reference_tables
 from ctxext.rope.verify import verify_positions
 from ctxext.train.adapter import PROVENANCE_NAME, adapter_config, base_of, load_adapter, read_provenance
@@ -163,7 +163,7 @@ def _check_origin(folder: Path, loaded: _Loaded, is_adapter: bool) -> str:
     base_config = load_config(source)
     expected = apply_method(base_config, method, provenance["target_length"], provenance.get("on_existing", "refuse"))
     if not is_adapter:
-        expected, _ = to_exported_form(expected, bool(provenance.get("portable")) or None)
+        expected, _ = exported_form(expected, bool(provenance.get("portable")) or None)
     _require_same_tables(loaded.config, expected, str(folder / "config.json"), f"{source.name} with {method.method}")
     if method.method != "none" and _same_tables(loaded.config, base_config) and method.method != "dynamic":
         raise PositionsNotInEffectError(
@@ -195,7 +195,7 @@ def _check_against(name: str, loaded: _Loaded) -> str:
             recipe.on_existing,
         )
     if not _same_tables(loaded.config, expected):
-        expected, _ = to_exported_form(expected, True)
+        expected, _ = exported_form(expected, True)
     _require_same_tables(loaded.config, expected, "--against", name)
     return f"positions are those of {name}"
 

@@ -209,6 +209,11 @@ class Recipe(_Block):
                 f"data.windows.length ({windows.length}) exceeds target_length ({self.target_length}); "
                 "use mode: full-length"
             )
+        if not self.rope.trainable:
+            raise ValueError(
+                f"rope.method: {self.rope.method} is for inference only: its frequencies change with every sequence's "
+                "length, so there is nothing fixed to train; use ntk, or `ctxext patch` without training"
+            )
         if self.rope.method == "none" and self.evaluation.control:
             raise ValueError(
                 "evaluation.control asks for a control arm, but this recipe (rope.method: none) already is one"

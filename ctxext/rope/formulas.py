@@ -126,6 +126,7 @@ class Yarn(RopeMethod):
         return np.asarray(before / self.resolved_factor() * interpolated + before * (1.0 - interpolated))
 
     def stock_parameters(self, base: BaseRope) -> dict[str, Any] | None:
+        self.attention_multiplier(base)  # refuses what the family's own temperature contradicts
         parameters: dict[str, Any] = {
             **self._common(base, "yarn"),
             "factor": self.resolved_factor(),

@@ -50,12 +50,20 @@ _PROJECTIONS = {
 }
 # Families whose QK-norm is applied after the rotation, or before it but without weights to scale.
 _NORMS = ("q_norm", "k_norm", "q_layernorm", "k_layernorm")
+_SIDES = {
+    "q_proj": "query",
+    "q_norm": "query",
+    "q_layernorm": "query",
+    "k_proj": "key",
+    "k_norm": "key",
+    "k_layernorm": "key",
+}
 _ONE_PLUS_WEIGHT = ("gemma", "gemma2", "gemma3_text", "vaultgemma")
 
 # Families for which the folded form was compared with transformers' own attention factor (tests/rope/test_portable.py).
 FOLDABLE = (
     "apertus arcee aria_text bitnet cohere cwm diffllama doge dots1 ernie4_5 ernie4_5_moe falcon_h1 flex_olmo "
-    "gemma gemma2 gemma3_text gemma3n_text glm glm4 glm4_moe got_ocr2 gpt_neox gpt_neox_japanese gpt_oss granite "
+    "gemma gemma2 gemma3_text gemma3n_text glm glm4 glm4_moe gpt_neox gpt_neox_japanese gpt_oss granite "
     "granitemoe granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax internlm3 iquestcoder "
     "jais2 laguna lfm2 llama mellum mimo_v2_flash minimax_m2 ministral mistral mixtral nanochat nemotron olmo "
     "olmo2 olmo3 olmoe persimmon phi phi3 phi4_multimodal phimoe qwen2 qwen2_moe qwen3 qwen3_moe seed_oss "
@@ -126,6 +134,25 @@ def portable_config(config: ConfigT, *, force: bool = True) -> tuple[ConfigT, di
     return portable, factors
 
 
+def exported_form(config: ConfigT, portable: bool | None = None) -> tuple[ConfigT, dict[str | None, float]]:
+    """The config as it is written to disk, and the attention factors that go into the weights by layer type.
+
+    Args:
+        portable: True for the portable form always, False for stock types (a map with an attention factor is then
+            written as it is, and other programs misread it), None for what every reader computes right.
+
+    Raises:
+        UnsupportedModelError: see `portable_config`.
+    """
+    if portable is False or not any(map(_has_other_form, rope_groups(config).values())):
+        return config, {}
+    return portable_config(config, force=bool(portable))
+
+
+def _has_other_form(parameters: Mapping[str, Any]) -> bool:
+    return parameters.get("rope_type", "default") not in ("default", "dynamic") and not is_portable(parameters)
+
+
 def needs_portable_form(parameters: Mapping[str, Any]) -> bool:
     """Whether some reader would compute this rope dict wrong: a one-range map with an attention factor, or a YaRN
     whose attention factor is not the one that readers derive."""
@@ -162,11 +189,8 @@ def fold_edits(config: Any, names: Iterable[str], factors: Mapping[str | None, f
     text = text_config(config)
     _refuse_unfoldable(text)
     by_layer = _attention_by_layer(text, factors)
-    tensors: dict[int, dict[str, str]] = {}
-    for name in names:
-        match = re.search(r"\blayers\.(\d+)\.(?:self_attn|attention)\.(\w+)\.(?:weight|bias)$", name)
-        if match and (match[2] in _PROJECTIONS or match[2] in _NORMS):
-            tensors.setdefault(int(match[1]), {})[name] = match[2]
+    tensors = _attention_tensors(names)
+    shared = text.num_hidden_layers - int(attribute(text, "num_kv_shared_layers") or 0)
     edits: dict[str, Edit] = {}
     for layer, attention in by_layer.items():
         found = tensors.get(layer, {})
@@ -176,12 +200,37 @@ def fold_edits(config: Any, names: Iterable[str], factors: Mapping[str | None, f
                 edits[name] = _norm_edit(attention, part, text.model_type in _ONE_PLUS_WEIGHT and "weight" in name)
             elif not normed:
                 edits[name] = _projection_edit(attention, part)
-        if not any(name in edits for name in found):
+        edited = {_SIDES.get(found[name], "both") for name in found if name in edits}
+        # A layer that shares an earlier layer's keys may have none of its own.
+        if not ("both" in edited or "query" in edited and ("key" in edited or layer >= shared)):
             raise UnsupportedModelError(
                 "the attention factor cannot be folded: a layer's query and key weights were not found",
                 where=f"{text.model_type}, layer {layer}",
             )
     return edits
+
+
+def _attention_tensors(names: Iterable[str]) -> dict[int, dict[str, str]]:
+    """The language model's query and key weights and norms: by layer, what each tensor is.
+
+    Raises:
+        UnsupportedModelError: several towers have such layers, and which one reads text cannot be told.
+    """
+    towers: dict[str, dict[int, dict[str, str]]] = {}
+    for name in names:
+        match = re.search(r"^(.*)\blayers\.(\d+)\.(?:self_attn|attention)\.(\w+)\.(?:weight|bias)$", name)
+        if match and (match[3] in _PROJECTIONS or match[3] in _NORMS):
+            towers.setdefault(match[1], {}).setdefault(int(match[2]), {})[name] = match[3]
+    if len(towers) > 1:  # a vision tower's attention has the same names
+        towers = {
+            path: found for path, found in towers.items() if {"language_model", "text_model"} & {*path.split(".")}
+        }
+        if len(towers) != 1:
+            raise UnsupportedModelError(
+                "the attention factor cannot be folded: which of the model's towers reads text cannot be told",
+                where=", ".join(towers) or "layers",
+            )
+    return next(iter(towers.values()), {})
 
 
 def _attention_by_layer(text: Any, factors: Mapping[str | None, float]) -> dict[int, _Attention]:

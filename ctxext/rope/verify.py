@@ -146,7 +146,7 @@ def verify_positions(model: torch.nn.Module, config: Any, target_length: int | N
             raise PositionsNotInEffectError(
                 "a rotary module belongs to no layer type that the config names", where=module.path
             )
-        largest = max(largest, _check_module(module, references[module.layer_type], reach))
+        largest = max(largest, _check_module(module, references[module.layer_type], reach, config))
     _check_temperature(model, config)
     extended = _extended_group(config, references)
     return RopeVerification(
@@ -167,7 +167,7 @@ def _extended_group(config: Any, references: dict[str | None, RopeTable]) -> str
     return list(references)[-1]
 
 
-def _check_module(module: RotaryModule, reference: RopeTable, reach: int) -> float:
+def _check_module(module: RotaryModule, reference: RopeTable, reach: int, config: Any) -> float:
     """Compare buffers, attention factor and rotation; returns the largest relative error of the frequencies.
 
     A table with a short range (two-range LongRoPE, dynamic) is checked on both sides of the original length: such
@@ -178,8 +178,7 @@ def _check_module(module: RotaryModule, reference: RopeTable, reach: int) -> flo
         _check_rotation(module, reference, reach)
         return error
     short = replace(reference, inv_freq=reference.short_inv_freq, short_inv_freq=None)
-    border = _border(module)
-    beyond = 2 * (border + 1) if _is_dynamic(module) else max(reach, border + 1)
+    border, beyond = _lengths_of_ranges(config, module.layer_type, reach)
     error = _check_frequencies(module, short)
     _check_rotation(module, reference, beyond)
     error = max(error, _check_frequencies(module, reference))
@@ -187,18 +186,17 @@ def _check_module(module: RotaryModule, reference: RopeTable, reach: int) -> flo
     return max(error, _check_frequencies(module, short))
 
 
-def _is_dynamic(module: RotaryModule) -> bool:
-    rope_type: Any = getattr(module.module, "rope_type", "")
-    return "dynamic" in (rope_type.get(module.layer_type, "") if isinstance(rope_type, dict) else str(rope_type))
+def _lengths_of_ranges(config: Any, layer_type: str | None, reach: int) -> tuple[int, int]:
+    """The longest sequence that rotates by the short range, and one that rotates by the long one, as `config` has it.
 
-
-def _border(module: RotaryModule) -> int:
-    """The length up to which a module with two ranges uses the short one."""
-    config: Any = module.module.config
-    if _is_dynamic(module):
-        return int(config.max_position_embeddings) - 1  # it goes back to the short range only *below* that length
-    parameters = config.rope_parameters
-    return int(parameters.get(module.layer_type, parameters)["original_max_position_embeddings"])
+    Not as the module's own config has it, which may be another one.
+    """
+    parameters = rope_groups(config)[layer_type]
+    if parameters["rope_type"] == "dynamic":
+        original = original_length(config)
+        return original - 1, 2 * original  # it goes back to the short range only *below* that length
+    border = int(parameters["original_max_position_embeddings"])
+    return border, max(reach, border + 1)
 
 
 def _check_frequencies(module: RotaryModule, reference: RopeTable) -> float:

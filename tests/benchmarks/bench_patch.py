@@ -144,11 +144,13 @@ def copy(root: Path) -> None:
 
 
 def edit_q_and_k(root: Path) -> None:
-    """What the portable form does: query and key projections scaled, each held whole."""
-    from ctxext.export.stream import checkpoint_tensors, stream_weights
+    """What the portable form does: rows of the query and key projections scaled."""
+    from ctxext.export.stream import checkpoint_tensors, row_scaling, stream_weights
 
-    names = [name for name in checkpoint_tensors(root / "base").tensors if "q_proj" in name or "k_proj" in name]
-    stream_weights(root / "base", root / "out", dict.fromkeys(names, lambda tensor: tensor * 1.1))
+    tensors = checkpoint_tensors(root / "base").tensors
+    names = [name for name in tensors if "q_proj" in name or "k_proj" in name]
+    edits = {name: row_scaling(lambda tensor: tensor * 1.1, tensors[name].num_rows) for name in names}
+    stream_weights(root / "base", root / "out", edits)
 
 
 def edit_all_by_rows(root: Path) -> None:

@@ -358,9 +358,9 @@ def test_a_model_of_the_hub_is_merged_from_its_snapshot(
     for number, path in enumerate(sorted(base.iterdir())):
         shutil.copyfile(path, repository / "blobs" / str(number))
         (snapshot / path.name).symlink_to(Path("..") / ".." / "blobs" / str(number))
-    assert merge._safetensors_folder(resolve_source("someone/tiny")) == snapshot
+    assert merge.safetensors_folder(resolve_source("someone/tiny")) == snapshot
     with pytest.raises(ArtefactError, match="someone/other: could not fetch the model's weights"):
-        merge._safetensors_folder(resolve_source("someone/other"))
+        merge.safetensors_folder(resolve_source("someone/other"))
     provenance = read_provenance(adapter)
     provenance["base"] |= {"source": str(snapshot), "fingerprint": None}
     write_json_atomic(adapter / "ctxext.json", provenance)

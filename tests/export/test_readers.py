@@ -42,6 +42,7 @@ from ctxext.export.readers import (
     FAILED,
     IGNORES,
     INVERTS,
+    NOT_ASKED,
     OWN_FACTOR,
     RIGHT,
     SQUARES,
@@ -214,6 +215,40 @@ def test_a_larger_theta_is_compared_with_the_base_where_that_is_there(tmp_path: 
     assert set(prepare_trial(theta, tmp_path, 200, 20, 2).expected) == {RIGHT, IGNORES, DEFAULT_THETA}
 
 
+def gemma(folder: Path) -> Path:
+    """A tiny random Gemma 3, one RoPE per layer type, whose full-attention layers were taken from 128 to 512."""
+    config = Gemma3TextConfig(
+        vocab_size=260, hidden_size=64, intermediate_size=128, num_hidden_layers=6, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=32, sliding_window=64, max_position_embeddings=128, initializer_range=0.1,
+        bos_token_id=None, eos_token_id=256, pad_token_id=256,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Gemma3ForCausalLM(extend_config(config, method="yarn", target_length=512))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "q_norm" in name or "k_norm" in name:
+                weight += 2
+    with quiet():
+        model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_one_rope_per_layer_type_can_be_asked_about(tmp_path: Path) -> None:
+    trial = prepare_trial(gemma(tmp_path / "gemma"), tmp_path, 400, 50, 6)
+    assert set(trial.expected) == {RIGHT, IGNORES, DEFAULT_THETA, DROPS, SQUARES, INVERTS}
+    assert {classify(scores, trial.expected)[0] for scores in trial.expected.values()} == set(trial.expected)
+
+
+def test_what_a_reader_cannot_open_is_not_asked_and_says_why(tmp_path: Path) -> None:
+    trial = prepare_trial(gemma(tmp_path / "gemma"), tmp_path, 300, 20, 6)
+    environment = Environment(READERS["llamacpp"], tmp_path / "nowhere", "1")
+    (verdict,) = ask_about(environment, [trial], 60)
+    assert verdict.verdict == NOT_ASKED
+    assert "Llama family" in verdict.detail
+    assert not verdict.is_right
+
+
 def test_prompt_length_lies_between_the_lengths(yarn: Path, tmp_path: Path) -> None:
     assert prompt_length(yarn) == 384  # 256 beyond the original 128
     assert prompt_length(yarn, 511) == 511
@@ -227,6 +262,8 @@ def test_prompt_length_lies_between_the_lengths(yarn: Path, tmp_path: Path) -> N
     with pytest.raises(ArtefactError, match=r"does not say which length.*Give it with --original-length"):
         prompt_length(linear)
     assert prompt_length(linear, original_length=128) == 384
+    with pytest.raises(ArtefactError, match="holds no config"):  # never taken for a model of the hub
+        prompt_length(tmp_path / "missing")
 
 
 def test_the_prompt_is_prose_of_exact_length_and_the_same_each_time(yarn: Path) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ctxext.errors import ArtefactError, ResourceError
 from ctxext.export import stream
-from ctxext.export.stream import RowwiseEdit, checkpoint_tensors, read_header, read_tensor, stream_weights
+from ctxext.export.stream import RowwiseEdit, checkpoint_tensors, read_header, read_tensor, row_scaling, stream_weights
 from ctxext.files import directory_atomic, remove_partials
 from ctxext.model.load import quiet
 
@@ -286,6 +286,24 @@ def test_an_edit_by_rows_in_blocks_equals_the_edit_of_the_whole(
     assert (tmp_path / "blocks" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
     values = checkpoint_tensors(sharded).read(GATE).float()
     assert torch.equal(RowwiseEdit(number_rows)(values), number_rows(values, 0))
+
+
+def test_an_edit_that_scales_rows_can_be_made_in_blocks_to_the_same_bits(
+    sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def scale_rotary_rows(tensor: Tensor) -> Tensor:
+        scaled = tensor.clone()
+        scaled.view(4, 16, -1)[:, :6] *= 1.0693147
+        return scaled
+
+    stream_weights(sharded, tmp_path / "whole", {GATE: scale_rotary_rows})
+    monkeypatch.setattr(stream, "BLOCK_ELEMENTS", 32 * 10)
+    stream_weights(sharded, tmp_path / "blocks", {GATE: row_scaling(scale_rotary_rows, 64)})
+    whole, blocks, before = (
+        checkpoint_tensors(f).read(GATE) for f in (tmp_path / "whole", tmp_path / "blocks", sharded)
+    )
+    assert torch.equal(whole, blocks)
+    assert not torch.equal(whole, before)
 
 
 def test_doubles_and_scalars_are_edited_in_their_own_precision(tmp_path: Path) -> None:

@@ -5,11 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from run_all import FORMS, OUTPUT, markdown
+from run_all import FORMS, ORIGINAL_LENGTH, OUTPUT, TARGET_LENGTH, Form, markdown
+from transformers import LlamaConfig
 
+from ctxext.export.checkpoint import add_older_form
+from ctxext.export.portability import portability
 from ctxext.export.reader_environments import READERS
 from ctxext.export.readers import NOISE_FLOOR, RIGHT
 from ctxext.files import read_json
+from ctxext.rope.patchers import extend_config
+from ctxext.rope.portable import portable_config
 
 
 @pytest.fixture(scope="module")
@@ -38,3 +43,24 @@ def test_right_and_wrong_lie_far_apart(recorded: dict[str, Any]) -> None:
 
 def test_the_markdown_is_derived_from_the_json(recorded: dict[str, Any]) -> None:
     assert (OUTPUT / "table.md").read_text(encoding="utf-8") == markdown(recorded, recorded["rows"])
+
+
+def exported_config(form: Form) -> dict[str, Any]:
+    """What `config.json` holds for this form, for a model with SmolLM2's positions."""
+    base = LlamaConfig(
+        head_dim=64,
+        max_position_embeddings=ORIGINAL_LENGTH,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e5},
+    )
+    extended = extend_config(base, method=form.method, target_length=TARGET_LENGTH, **form.parameters(base))
+    written = portable_config(extended)[0] if form.portable else extended
+    return add_older_form(written.to_dict())
+
+
+@pytest.mark.parametrize("form", FORMS, ids=[form.name for form in FORMS])
+def test_the_portability_rules_say_what_was_seen(form: Form, recorded: dict[str, Any]) -> None:
+    seen = {row["reader"]: row["verdict"] == RIGHT for row in recorded["rows"] if row["form"] == form.name}
+    rules = {item.reader: item.verdict for item in portability(exported_config(form))}
+    assert {reader: rules[reader] for reader in seen} == {
+        reader: "right" if right else "wrong" for reader, right in seen.items()
+    }

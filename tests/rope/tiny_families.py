@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    Emu3ForCausalLM,
+    MllamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ctxext.model.load import quiet
@@ -174,11 +182,19 @@ def buildable(model_type: str) -> str | None:
     return None
 
 
+# AutoModelForCausalLM knows these by the config of the whole multimodal model, whose class then takes the text part.
+_TEXT_ONLY = {"emu3_text_model": Emu3ForCausalLM, "mllama_text_model": MllamaForCausalLM}
+
+
 def build(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
     """A random model in eval mode; equal seeds give equal weights."""
     torch.manual_seed(seed)
+    model: PreTrainedModel
     with quiet():
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        if config.model_type in _TEXT_ONLY:
+            model = _TEXT_ONLY[config.model_type](copy.deepcopy(config))
+        else:
+            model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     model.eval()
     return model
 
