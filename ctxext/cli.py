@@ -206,12 +206,23 @@ def evaluate(
     output: Annotated[str | None, typer.Option("--output", "-o", help="Folder for samples and heatmap.")] = None,
     revision: Annotated[str | None, typer.Option(help="Hub revision.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    beyond_reach: Annotated[
+        bool, typer.Option("--beyond-reach", help="Also ask prompts longer than the model reaches.")
+    ] = False,
 ) -> None:
     """Measure retrieval by position and loss by position of one model."""
     from ctxext.pipeline.evaluate import evaluate_model
 
     reporter = _reporter()
-    page = evaluate_model(model, suite=suite, output=output, revision=revision, dtype=dtype, reporter=reporter)
+    page = evaluate_model(
+        model,
+        suite=suite,
+        output=output,
+        revision=revision,
+        dtype=dtype,
+        reporter=reporter,
+        beyond_reach=beyond_reach,
+    )
     reporter.info(f"report: {page}")
 
 

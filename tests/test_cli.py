@@ -94,11 +94,18 @@ CASES = {
     "a config that is not JSON": Case(
         "plan models/broken --target-length 256", 3, r"could not read the model's config"
     ),
-    "weights cut short": Case("eval models/cut --suite suite.yaml", 3, r"models/cut: could not load the .*weights"),
+    "weights cut short": Case(
+        "eval models/cut --suite suite.yaml --beyond-reach", 3, r"models/cut: could not load the .*weights"
+    ),
     "a suite that does not exist": Case("eval models/tiny --suite quik", 2, r"unknown suite; got 'quik'.*'quick'"),
     "a suite file with a typo": Case("eval models/tiny --suite bad-suite.yaml", 2, r"did you mean 'haystack'"),
     "an unknown dtype": Case("eval models/tiny --dtype float16", 2, r"--dtype: .*'float16'.*bfloat16"),
-    "a prompt longer than the haystack": Case("eval models/tiny --suite long.yaml", 2, r"haystack is shorter"),
+    "a prompt longer than the haystack": Case(
+        "eval models/tiny --suite long.yaml --beyond-reach", 2, r"haystack is shorter"
+    ),
+    "a prompt longer than the model reaches": Case(
+        "eval models/tiny --suite suite.yaml", 2, r"247 positions \(240 \+ 7\); expected at most 128"
+    ),
     "merging what is no adapter": Case("merge models/tiny out", 3, r"models/tiny: .*no ctxext\.json"),
     "merging what does not exist": Case("merge nowhere out", 3, r"nowhere: folder not found"),
     "merging a merged checkpoint": Case("merge run/merged out", 3, r"not an adapter folder"),

@@ -36,9 +36,19 @@ FACTS_NAME = "evaluation.json"
 
 
 def evaluate_model(
-    name: str, *, suite: str, output: str | None, revision: str | None, dtype: str, reporter: Reporter
+    name: str,
+    *,
+    suite: str,
+    output: str | None,
+    revision: str | None,
+    dtype: str,
+    reporter: Reporter,
+    beyond_reach: bool = False,
 ) -> Path:
     """Evaluate a model as it is and return the page.
+
+    Args:
+        beyond_reach: also ask prompts longer than the model reaches, to see it fail there.
 
     Raises:
         CtxextError: model or suite missing, a length out of reach of the haystack, an output folder of something else.
@@ -51,6 +61,8 @@ def evaluate_model(
     text = text_config(config)
     reach = _reach(source, text)
     original = _original_length(source, text)
+    if not beyond_reach:
+        _require_reach(asked, original, reach, source.name)
     stem = short_name(source.name)
     folder = Path(output) if output else Path("runs") / f"eval-{stem}-{Path(suite).stem}"
     device = choose_device()
@@ -103,6 +115,23 @@ def gather_evaluation(folder: Path) -> tuple[ReportFacts, list[Arm]]:
     samples = [sample for sample in load_samples(folder) if sample.sample_id in wanted]
     label = short_name(facts.model)
     return facts, [Arm("base", label, recorded=False, samples=samples, run=read_json(folder / "run.json"))]
+
+
+def _require_reach(suite: Suite, original_length: int, reach: int, model: str) -> None:
+    """Refuse prompts that end, with their answers, beyond the positions that the model has.
+
+    Raises:
+        UsageError: the longest one does.
+    """
+    longest = max(sample.cell.length_tokens for sample in resolve_samples(suite, original_length, reach))
+    if longest + suite.max_new_tokens > reach:
+        raise UsageError(
+            f"the suite's longest prompt and its answer take {longest + suite.max_new_tokens:,} positions "
+            f"({longest:,} + {suite.max_new_tokens})",
+            where=model,
+            expected=f"at most {reach:,}, which this model reaches",
+            hint="Use shorter lengths, extend the model, or give --beyond-reach to see it fail there.",
+        )
 
 
 def _reach(source: ModelSource, text: Any) -> int:

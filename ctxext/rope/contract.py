@@ -28,9 +28,8 @@ import numpy as np
 from ctxext.errors import CtxextError
 from ctxext.rope.base import BaseRope, Float32Array, RopeMethod, RopeTable
 from ctxext.rope.methods import READABLE_TYPES, Yarn, table_from_rope_parameters
+from ctxext.rope.reference import RELATIVE_TOLERANCE, relative_tolerance
 
-# transformers computes b^(2i/d) in float32: rounding the exponent is worth up to ln(b) * 6e-8, 8e-7 for b = 1e6.
-_TOLERANCE = 3e-6
 _FACTORS = (2.0, 4.0, 7.5)
 # What a class declares about its ends holds where the fastest frequency turns often within the original length, and
 # the slowest next to never; in between, methods may do as they like.
@@ -147,7 +146,7 @@ def _check_stored(method: RopeMethod) -> Iterator[Finding]:
 
 def _check_on(method: RopeMethod, base: BaseRope, factor: float) -> Iterator[Finding]:
     target = round(base.original_length * factor)
-    given = method if method.factor is not None else method.resolved(base.original_length, target)
+    given = method.model_copy(update={"factor": None}).resolved(base.original_length, target) if factor > 1 else method
     table = given.table(base)
     found = list(_check_table(table, base))
     yield from found
@@ -208,15 +207,15 @@ def _check_declared(method: RopeMethod, base: BaseRope, table: RopeTable) -> Ite
     if turns[-1] <= _NEXT_TO_NEVER:
         yield from _check_end("last", kind.last, ratios[-1], factor)
     if kind.monotone:
-        rising = np.flatnonzero(np.diff(after) > after[:-1] * _TOLERANCE)
-        raised = np.flatnonzero(ratios > 1.0 + _TOLERANCE)
+        rising = np.flatnonzero(np.diff(after) > after[:-1] * RELATIVE_TOLERANCE)
+        raised = np.flatnonzero(ratios > 1.0 + RELATIVE_TOLERANCE)
         if len(rising):
             yield "monotone", f"frequency {rising[0] + 1} is above the one before it"
         elif len(raised):
             yield "monotone", f"frequency {raised[0]} is raised to {ratios[raised[0]]:g} times the model's"
     if kind.identity_at_one:
         at_one = method.model_copy(update={"factor": 1.0}).table(base)
-        if not np.allclose(at_one.inv_freq, before, rtol=_TOLERANCE, atol=0):
+        if not np.allclose(at_one.inv_freq, before, rtol=RELATIVE_TOLERANCE, atol=0):
             yield "identity at factor 1", "frequencies change"
         elif getattr(method, "attention_factor", None) is None and not math.isclose(
             at_one.attention_factor, base.attention_factor, rel_tol=1e-6
@@ -226,9 +225,9 @@ def _check_declared(method: RopeMethod, base: BaseRope, table: RopeTable) -> Ite
 
 def _check_end(which: str, declared: str | None, ratio: float, factor: float) -> Iterator[Finding]:
     expected = {"kept": 1.0, "divided": 1.0 / factor}.get(str(declared))
-    if expected is not None and not math.isclose(ratio, expected, rel_tol=_TOLERANCE):
+    if expected is not None and not math.isclose(ratio, expected, rel_tol=RELATIVE_TOLERANCE):
         yield f"{which} frequency", f"declared {declared}, but it is {ratio:g} times the model's, not {expected:g}"
-    elif declared == "lowered" and not ratio < 1.0:
+    elif declared == "lowered" and factor > 1.0 and not ratio < 1.0:
         yield f"{which} frequency", f"declared lowered, but it is {ratio:g} times the model's"
 
 
@@ -284,16 +283,20 @@ def _check_in_transformers(
     parameters: dict[str, Any], method: RopeMethod, base: BaseRope, table: RopeTable
 ) -> Iterator[Finding]:
     maximum, target = method.maximum_length(base), method.target_length(base)
-    yield from _compared("transformers", transformers_table(parameters, base, maximum, target), table)
+    if table.short_inv_freq is None or target > base.original_length:
+        theirs = transformers_table(parameters, base, maximum, target)
+        yield from _compared("transformers", theirs, table, relative_tolerance(parameters))
     if table.short_inv_freq is not None:
         short = replace(table, inv_freq=table.short_inv_freq, short_inv_freq=None)
         theirs = transformers_table(parameters, base, maximum, base.original_length)
         yield from _compared("transformers, up to the original length", theirs, short)
 
 
-def _compared(promise: str, theirs: RopeTable, ours: RopeTable) -> Iterator[Finding]:
+def _compared(
+    promise: str, theirs: RopeTable, ours: RopeTable, tolerance: float = RELATIVE_TOLERANCE
+) -> Iterator[Finding]:
     errors = np.abs(theirs.inv_freq / ours.inv_freq.astype(np.float64) - 1.0)
-    if not (errors <= _TOLERANCE).all():
+    if not (errors <= tolerance).all():
         worst = int(np.argmax(errors))
         yield (
             promise,

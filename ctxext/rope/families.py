@@ -147,7 +147,10 @@ def classify(config: Any) -> Family:
     if bases[0].layer_type is not None:
         extended = {base.layer_type for base in bases}
         left = sorted(str(layer_type) for layer_type in _groups(text) if layer_type not in extended)
-        return Family(model_type, "per layer type", f"left as they are: {', '.join(left)}" if left else "")
+        notes = [f"left as they are: {', '.join(left)}"] if left else []
+        if any(base.proportional for base in bases):
+            notes.append("proportional RoPE: only linear extends it")
+        return Family(model_type, "per layer type", "; ".join(notes))
     return Family(model_type, "flat", _flat_note(text, bases[0]))
 
 
@@ -157,6 +160,8 @@ def _flat_note(text: Any, base: BaseRope) -> str:
         notes.append("multi-head latent attention: YaRN sets its softmax scale through mscale_all_dim")
     if dict(base.kept).get("partial_rotary_factor", 1.0) != 1.0:
         notes.append(f"partial rotary: {base.rotary_dim} dimensions of a head turn")
+    if "llama_4_scaling_beta" in dict(base.kept):
+        notes.append("only yarn and llama3, whose dict keeps the original length that its queries are scaled by")
     layers = set(getattr(text, "layer_types", None) or ())
     if layers & set(_LOCAL_LAYERS):
         notes.append("sliding-window layers share the same RoPE")
@@ -270,6 +275,16 @@ def _already_scaled(
         before = reach  # it reads max_position_embeddings as the original length
     elif before is None and parameters.get("factor"):
         before = round(reach / float(parameters["factor"]))
+    # A map names its maximum as its original length: what lay below it stands only in ctxext.json.
+    hides_original = rope_type == "longrope" and before == reach
+    if hides_original and on_existing != "compose":
+        raise UnsupportedModelError(
+            "the model's RoPE is already scaled, by a frequency map that no longer shows the length before it",
+            where=f"{where}.rope_type",
+            got=rope_type,
+            hint="Extend the base model that its ctxext.json names; or on_existing: compose keeps the map and starts "
+            f"from the {reach} positions that it reaches.",
+        )
     if on_existing == "refuse":
         raise UnsupportedModelError(
             "the model's RoPE is already scaled",
@@ -294,6 +309,18 @@ def _already_scaled(
             "dynamic scaling has no fixed frequencies to compose with",
             where=f"{where}.rope_type",
             got="dynamic",
+            hint="on_existing: replace starts from the model before it.",
+        )
+    lost = None
+    if base.own_temperature and parameters.get("mscale_all_dim"):
+        lost = "its latent attention takes a softmax scale from the YaRN it has, which a composed RoPE would lose"
+    if base.proportional:
+        lost = "its proportional RoPE is defined by one factor alone"
+    if lost is not None:
+        raise UnsupportedModelError(
+            f"the model's scaling cannot be composed with another: {lost}",
+            where=f"{where}.rope_type",
+            got=rope_type,
             hint="on_existing: replace starts from the model before it.",
         )
     table = table_from_rope_parameters(parameters, unscaled, reach)

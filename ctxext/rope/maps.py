@@ -201,7 +201,7 @@ class FrequencyMap(RopeMethod):
 
 
 class Cope(RopeMethod):
-    """CoPE, clipped RoPE (2026): the slowest `dimensions` frequencies tapered by (1 + cos(linspace(0, pi, n))) / 2.
+    """CoPE, clipped RoPE (2026, arXiv:2602.05258): the slowest n frequencies times (1 + cos(linspace(0, pi, n))) / 2.
 
     The slowest becomes 0, a dimension that no longer rotates; `SMALLEST_RATIO` stands for 0 wherever a factor is
     written. The factor s plays no part.
@@ -209,7 +209,7 @@ class Cope(RopeMethod):
 
     summary = "the slowest frequencies fade out along a cosine, the slowest to zero; the rest is kept"
     when = "before training at the longer length; keeps short range, needs training for retrieval"
-    source = "CoPE, 2026: cosine taper of the lowest frequencies"
+    source = "arXiv:2602.05258"
     first = "kept"
     last = "lowered"
     identity_at_one = False

@@ -10,6 +10,8 @@ from __future__ import annotations
 import copy
 from typing import Any, TypeVar
 
+import numpy as np
+
 from ctxext.errors import UnsupportedModelError, UsageError
 from ctxext.rope.base import RopeMethod
 from ctxext.rope.families import (
@@ -19,11 +21,13 @@ from ctxext.rope.families import (
     check_method,
     check_parameters,
     original_length,
+    rope_groups,
     takes_mscale,
     takes_only_maps,
     text_config,
 )
 from ctxext.rope.methods import NoRewrite, create_method
+from ctxext.rope.reference import reference_tables
 
 ConfigT = TypeVar("ConfigT")
 
@@ -89,6 +93,8 @@ def apply_method(
         # Mixtral and MiniMax leave it open, which transformers' own YaRN cannot read.
         text.head_dim = text.hidden_size // text.num_attention_heads
     text.standardize_rope_params()
+    if untouched:
+        _check_untouched(config, extended)
     try:
         text.validate_rope()
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -99,3 +105,23 @@ def apply_method(
             hint="Another rope.method may be accepted.",
         ) from error
     return extended
+
+
+def _check_untouched(config: Any, extended: Any) -> None:
+    """A control arm must rotate as before.
+
+    Raises:
+        UnsupportedModelError: the scaling that the model has follows its maximum length.
+    """
+    before, after = reference_tables(config), reference_tables(extended)
+    for layer_type, parameters in rope_groups(config).items():
+        was, becomes = before[layer_type], after[layer_type]
+        same = was.attention_factor == becomes.attention_factor and np.array_equal(was.inv_freq, becomes.inv_freq)
+        if not same or parameters.get("rope_type") == "dynamic":
+            raise UnsupportedModelError(
+                "the scaling that this model has follows max_position_embeddings, so it has no control arm: raising "
+                "the allowed length changes how it rotates",
+                where="rope.method",
+                got="none",
+                hint="Take the model before its scaling.",
+            )

@@ -202,7 +202,7 @@ def fold_edits(config: Any, names: Iterable[str], factors: Mapping[str | None, f
                 edits[name] = _projection_edit(attention, part)
         edited = {_SIDES.get(found[name], "both") for name in found if name in edits}
         # A layer that shares an earlier layer's keys may have none of its own.
-        if not ("both" in edited or "query" in edited and ("key" in edited or layer >= shared)):
+        if not ("both" in edited or ("query" in edited and ("key" in edited or layer >= shared))):
             raise UnsupportedModelError(
                 "the attention factor cannot be folded: a layer's query and key weights were not found",
                 where=f"{text.model_type}, layer {layer}",
@@ -222,9 +222,8 @@ def _attention_tensors(names: Iterable[str]) -> dict[int, dict[str, str]]:
         if match and (match[3] in _PROJECTIONS or match[3] in _NORMS):
             towers.setdefault(match[1], {}).setdefault(int(match[2]), {})[name] = match[3]
     if len(towers) > 1:  # a vision tower's attention has the same names
-        towers = {
-            path: found for path, found in towers.items() if {"language_model", "text_model"} & {*path.split(".")}
-        }
+        named = {path for path in towers if {"language_model", "text_model"} & {*path.split(".")}} or {"model."}
+        towers = {path: found for path, found in towers.items() if path in named}
         if len(towers) != 1:
             raise UnsupportedModelError(
                 "the attention factor cannot be folded: which of the model's towers reads text cannot be told",

@@ -17,6 +17,20 @@ from ctxext.rope.families import (
 )
 from ctxext.rope.methods import READABLE_TYPES, table_from_rope_parameters
 
+# transformers computes b^(2i/d) in float32: rounding the exponent is worth up to ln(b) * 6e-8, 8e-7 for b = 1e6.
+RELATIVE_TOLERANCE = 3e-6
+
+
+def relative_tolerance(parameters: Mapping[str, Any]) -> float:
+    """How far float32 frequencies of a model may be from the reference for a rope dict.
+
+    llama3 subtracts nearly equal numbers at the slow end of its ramp, and divides the rest by the factor: what is
+    rounded there weighs `factor` times as much (measured: 1e-7 times the factor).
+    """
+    if parameters.get("rope_type") == "llama3":
+        return max(RELATIVE_TOLERANCE, 2e-7 * float(parameters["factor"]))
+    return RELATIVE_TOLERANCE
+
 
 def base_of_parameters(text: Any, parameters: Mapping[str, Any], layer_type: str | None) -> BaseRope:
     """The RoPE below a rope dict: its theta and dimensions, and the length before the dict's scaling.

@@ -19,10 +19,9 @@ from ctxext.errors import PositionsNotInEffectError
 from ctxext.rope.base import Float64Array, RopeTable
 from ctxext.rope.families import has_own_temperature, original_length, rope_groups, text_config
 from ctxext.rope.methods import softmax_temperature
+from ctxext.rope.reference import RELATIVE_TOLERANCE as RELATIVE_TOLERANCE
 from ctxext.rope.reference import reference_tables as reference_tables
-
-# transformers computes b^(2i/d) in float32: rounding the exponent is worth up to ln(b) * 6e-8, 8e-7 for b = 1e6.
-RELATIVE_TOLERANCE = 3e-6
+from ctxext.rope.reference import relative_tolerance
 
 _BUFFER = "inv_freq"
 
@@ -174,7 +173,8 @@ def _check_module(module: RotaryModule, reference: RopeTable, reach: int, config
     modules swap their buffer when they are called.
     """
     if reference.short_inv_freq is None:
-        error = _check_frequencies(module, reference)
+        parameters = rope_groups(config)[module.layer_type]
+        error = _check_frequencies(module, reference, relative_tolerance(parameters))
         _check_rotation(module, reference, reach)
         return error
     short = replace(reference, inv_freq=reference.short_inv_freq, short_inv_freq=None)
@@ -199,7 +199,7 @@ def _lengths_of_ranges(config: Any, layer_type: str | None, reach: int) -> tuple
     return border, max(reach, border + 1)
 
 
-def _check_frequencies(module: RotaryModule, reference: RopeTable) -> float:
+def _check_frequencies(module: RotaryModule, reference: RopeTable, tolerance: float = RELATIVE_TOLERANCE) -> float:
     buffer = module.inv_freq
     if buffer.dtype != torch.float32:
         raise PositionsNotInEffectError(
@@ -220,7 +220,7 @@ def _check_frequencies(module: RotaryModule, reference: RopeTable) -> float:
     # A frequency of 0 must be 0: dividing by the smallest number turns any other value into a huge error.
     errors = np.abs(actual - reference.inv_freq) / np.maximum(reference.inv_freq, np.finfo(np.float32).tiny)
     error = float(np.max(errors))
-    if not error <= RELATIVE_TOLERANCE:
+    if not error <= tolerance:
         worst = int(np.argmax(np.where(np.isnan(errors), np.inf, errors)))
         raise PositionsNotInEffectError(
             "positions are not in effect: the rotary frequencies differ from the extended config",

@@ -316,7 +316,13 @@ def test_evaluating_a_merged_checkpoint_gives_the_answers_of_the_run(
     assert len(reporter.samples) == 4
     assert len(json_lines(folder / "samples.jsonl")) == 4
     with pytest.raises(ArtefactError, match=r"something else.*weights"):
-        evaluate_model(str(job.folder / "models" / "tiny"), output=str(folder), reporter=SilentReporter(), **arguments)
+        evaluate_model(
+            str(job.folder / "models" / "tiny"),
+            output=str(folder),
+            reporter=SilentReporter(),
+            beyond_reach=True,
+            **arguments,
+        )
 
 
 def test_a_single_evaluation_is_reported_again_and_never_recorded(
@@ -334,6 +340,7 @@ def test_a_single_evaluation_is_reported_again_and_never_recorded(
         output=str(folder),
         revision=None,
         dtype="float32",
+        beyond_reach=True,
         reporter=SilentReporter(),
     )
     before = contents(folder / "report")
