@@ -326,19 +326,27 @@ def push(
 
 @list_app.command()
 def methods() -> None:
-    """RoPE methods: what each does and when to use it."""
+    """RoPE methods: what each does to the frequencies, when to use it, and who reads it."""
     from rich.console import Console
-    from rich.padding import Padding
-    from rich.text import Text
 
-    from ctxext.rope.methods import METHODS
+    from ctxext.rope.listing import can_show_blocks, methods_view
 
     console = Console(highlight=False)
-    for name, method in METHODS.items():
-        parameters = ", ".join(sorted(set(method.model_fields) - {"method", "factor"}))
-        lines = [method.summary, method.when, f"parameters: {parameters}" if parameters else "", method.source]
-        console.print(Text(name, style="bold"))
-        console.print(Padding(Text("\n".join(line for line in lines if line)), (0, 0, 1, 4)))
+    console.print(methods_view(blocks=can_show_blocks(console)))
+
+
+@list_app.command()
+def families(
+    match: Annotated[
+        str | None, typer.Argument(help="Only families whose name contains this.", show_default=False)
+    ] = None,
+) -> None:
+    """Architectures of the installed transformers: which can be extended, how, and why not the others."""
+    from rich.console import Console
+
+    from ctxext.rope.listing import families_table
+
+    Console(highlight=False).print(families_table(match))
 
 
 def _recipe(what: str, overrides: list[str] | None, target_length: int | None, method: str | None) -> Recipe:

@@ -26,7 +26,7 @@ from ctxext.rope.families import (
     takes_only_maps,
     text_config,
 )
-from ctxext.rope.methods import NoRewrite, create_method
+from ctxext.rope.methods import LongRope, NoRewrite, create_method
 from ctxext.rope.reference import reference_tables
 
 ConfigT = TypeVar("ConfigT")
@@ -69,13 +69,15 @@ def apply_method(
     text: Any = text_config(extended)
     maximum = target_length
     untouched = isinstance(method, NoRewrite)  # whatever scaling there is stays: that is what a control arm is
-    for base in base_ropes(extended, "replace" if untouched else on_existing):
+    for base in base_ropes(extended, "replace" if untouched and on_existing == "refuse" else on_existing):
         check_method(base, method.method)
         if untouched:
             method.resolved(original_length(text), target_length)
             continue
         resolved = method.resolved(base.original_length, target_length)
-        parameters = resolved.rope_parameters(base, as_map=takes_only_maps(text))
+        # Two-range LongRoPE is Phi-3's own form; PhiMoE's forward pass never leaves the short range.
+        own_form = isinstance(resolved, LongRope) and not takes_mscale(text)
+        parameters = resolved.rope_parameters(base, as_map=takes_only_maps(text) and not own_form)
         check_parameters(base, parameters)
         if takes_mscale(text):
             mscale = parameters.get("attention_factor", 1.0)

@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic import ConfigDict
 
 from ctxext.rope.base import BaseRope, Float64Array, RopeMethod, RopeTable
@@ -56,6 +58,27 @@ WITH_PARAMETERS: list[tuple[str, dict[str, Any]]] = [
 @pytest.mark.parametrize(("name", "parameters"), WITH_PARAMETERS, ids=lambda value: str(value)[:30])
 def test_the_contract_holds_for_other_parameters_too(name: str, parameters: dict[str, Any]) -> None:
     assert_contract(create_method(name, **parameters), OF_64_DIMENSIONS)
+
+
+RANDOM_BASES = st.builds(
+    BaseRope,
+    theta=st.floats(1e3, 1e7),
+    rotary_dim=st.integers(4, 64).map(lambda quarter: 4 * quarter),
+    original_length=st.integers(1, 64).map(lambda thousands: 1024 * thousands),
+)
+
+
+@settings(max_examples=150)
+@given(base=RANDOM_BASES, factor=st.sampled_from([1.5, 2.0, 8.0, 32.0]), name=st.sampled_from(sorted(METHODS)))
+def test_own_methods_keep_the_contract_on_any_model(base: BaseRope, factor: float, name: str) -> None:
+    rising = np.geomspace(1.0, factor, base.rotary_dim // 2).tolist()
+    needed: dict[str, dict[str, Any]] = {
+        "none": {"control": True},
+        "longrope": {"long_factor": rising},
+        "frequency-map": {"ratios": [1 / value for value in rising]},
+        "cope": {"dimensions": min(20, base.rotary_dim // 2)},
+    }
+    assert_contract(create_method(name, factor=factor, **needed.get(name, {})), [base])
 
 
 class Halved(Linear):

@@ -335,6 +335,20 @@ def test_m_rope_keeps_its_sections() -> None:
     assert module.module.mrope_section == [1, 1, 0]
 
 
+def test_phi3_takes_two_range_longrope_in_its_own_form() -> None:
+    extended = extend_config(
+        tiny_family_config("phi3"),
+        method="longrope",
+        target_length=TARGET_LENGTH,
+        long_factor=[4.0] * 8,
+        short_factor=[1.0] * 8,
+    )
+    assert extended.original_max_position_embeddings == ORIGINAL_LENGTH
+    assert extended.rope_parameters["original_max_position_embeddings"] == ORIGINAL_LENGTH
+    result = verify_positions(build(extended), extended)
+    assert result.attention_factor == pytest.approx(1.1338934190276817)
+
+
 def test_an_open_head_dim_is_written_out() -> None:
     config = MixtralConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128)
     assert config.head_dim is None

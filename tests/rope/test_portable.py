@@ -24,7 +24,7 @@ from transformers import (
 
 from ctxext.errors import CtxextError, UnsupportedModelError
 from ctxext.rope import portable
-from ctxext.rope.families import base_ropes, text_config
+from ctxext.rope.families import rope_groups, text_config
 from ctxext.rope.patchers import extend_config
 from ctxext.rope.portable import FOLDABLE, fold_edits, is_portable, needs_portable_form, portable_config
 from ctxext.rope.reference import reference_tables
@@ -100,11 +100,9 @@ def fold_error(model_type: str) -> tuple[float, float, float]:
     verify_positions(folded, written)
     unfolded = with_weights(written, native.state_dict())
     unscaled = copy.deepcopy(written)
-    text: Any = text_config(unscaled)
-    for base in base_ropes(written, on_existing="replace"):
-        factors = [1.0] * (base.rotary_dim // 2)
-        rope = text.rope_parameters if base.layer_type is None else text.rope_parameters[base.layer_type]
-        rope |= {"short_factor": factors, "long_factor": factors}
+    for parameters in rope_groups(unscaled).values():
+        if parameters.get("rope_type") == "longrope":
+            parameters |= dict.fromkeys(("short_factor", "long_factor"), [1.0] * len(parameters["long_factor"]))
     others = (folded, unfolded, with_weights(unscaled, native.state_dict()))
     folded_error, unfolded_error, unscaled_error = (float((far(other) - expected).abs().max()) for other in others)
     return folded_error, unfolded_error, unscaled_error
@@ -213,6 +211,19 @@ def test_only_rotary_rows_are_scaled() -> None:
     torch.testing.assert_close(ratios[:, :8], torch.full_like(ratios[:, :8], factors[None]))
     torch.testing.assert_close(ratios[:, 8:], torch.ones_like(ratios[:, 8:]))
     assert not any("v_proj" in name or "dense" in name for name in edits)
+
+
+def test_layers_without_positions_are_left_alone() -> None:
+    extended = extend_yarn(tiny_family_config("smollm3", no_rope_layers=[1, 0]))
+    native = randomised(extended)
+    written, weights, edits = fold(native, extended)
+    assert edits == 2
+    assert all("layers.0." in name for name in _changed(native, weights))
+    torch.testing.assert_close(far(with_weights(written, weights)), far(native), rtol=0, atol=TOLERANCE)
+
+
+def _changed(native: PreTrainedModel, weights: dict[str, torch.Tensor]) -> list[str]:
+    return [name for name, tensor in native.state_dict().items() if not torch.equal(tensor, weights[name])]
 
 
 def tiny_llava() -> tuple[LlavaConfig, PreTrainedModel]:

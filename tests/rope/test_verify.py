@@ -222,3 +222,17 @@ def test_a_module_of_a_layer_type_that_the_config_does_not_name_is_noticed() -> 
     )
     with pytest.raises(PositionsNotInEffectError, match="belongs to no layer type"):
         verify_positions(model, config)
+
+
+@pytest.mark.parametrize("factor", [8, 32, 128])
+def test_llama3_at_a_large_factor_is_not_taken_for_wrong(factor: int) -> None:
+    # One frequency lies at the very end of llama3's ramp here, where float32 loses most.
+    config = extend_config(
+        tiny_config(head_dim=80, max_position_embeddings=5000), method="llama3", target_length=5000 * factor
+    )
+    module = LlamaRotaryEmbedding(config)
+    result = verify_positions(module, config)
+    assert result.largest_error < 2e-7 * max(factor, 15)
+    module.inv_freq[39] *= 1.0001
+    with pytest.raises(PositionsNotInEffectError):
+        verify_positions(module, config)
