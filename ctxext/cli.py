@@ -281,7 +281,7 @@ def verify(
             typer.echo(line)
         return
     if readers:
-        reporter.console.print(ask_readers(folder, readers.split(","), create, reporter.info))
+        ask_readers(folder, readers.split(","), create, reporter.console)
         return
     for line in verify_checkpoint(folder, against):
         reporter.info(line)

@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ctxext.errors import ArtefactError, PositionsNotInEffectError, UnsupportedModelError, UsageError
+from ctxext.export.merge import safetensors_folder
 from ctxext.export.portability import portability, portability_lines, portability_table
 from ctxext.export.proof import probe_ids
 from ctxext.export.readers import verdict_table, verify_readers
+from ctxext.export.stored import FLOAT_TYPES, checkpoint_tensors
+from ctxext.export.stream import row_scaling
 from ctxext.files import MANIFEST_NAME, read_json, verify_manifest
 from ctxext.model.load import ModelSource, load_config, load_model, load_tokenizer, resolve_source
 from ctxext.model.probes import probe_model
 from ctxext.rope.families import length_before_scaling, original_length, rope_groups, text_config
 from ctxext.rope.methods import create_method
 from ctxext.rope.patchers import apply_method
-from ctxext.rope.portable import exported_form
+from ctxext.rope.portable import exported_form, fold_edits
 from ctxext.rope.reference import describe_positions, reference_tables
 from ctxext.rope.verify import verify_positions
 from ctxext.train.adapter import PROVENANCE_NAME, adapter_config, base_of, load_adapter, read_provenance
 
 _TOKENIZER_CONFIG = "tokenizer_config.json"
+_SAMPLED_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -99,23 +104,31 @@ def judge_portability(folder: Path) -> tuple[Table, list[str]]:
     return portability_table(verdicts), list(portability_lines(verdicts, adapter=is_adapter))
 
 
-def ask_readers(folder: Path, readers: list[str], create: bool, report: Callable[[str], None]) -> Table:
+def ask_readers(folder: Path, readers: list[str], create: bool, console: Console) -> None:
     """Run other programs on the checkpoint and compare what they compute; see `ctxext.export.readers`.
 
     Raises:
-        ArtefactError: a reader computes other positions; the table is printed first.
+        ArtefactError: a reader computes other positions, or could not be asked; the table is printed first.
         CtxextError: a reader is unknown or not installed.
     """
-    verdicts = verify_readers(find_checkpoint(folder), [name.strip() for name in readers], create=create, report=report)
-    return verdict_table(verdicts)
+    names = [name.strip() for name in readers]
+    verdicts = verify_readers(find_checkpoint(folder), names, create=create, report=lambda line: console.print(line))
+    console.print(verdict_table(verdicts))
+    wrong = [f"{verdict.reader} {verdict.verdict}" for verdict in verdicts if not verdict.is_right]
+    if wrong:
+        raise ArtefactError(
+            "not every program was shown to compute this checkpoint's positions",
+            where=str(folder),
+            got=", ".join(wrong),
+        )
 
 
 def _load_adapter(folder: Path) -> tuple[_Loaded, str]:
-    config, provenance = adapter_config(folder), read_provenance(folder)
+    config, provenance = adapter_config(folder), _origin(folder)
     source = base_of(provenance)
     model = load_model(source, config, dtype=torch.float32, device=torch.device("cpu"))
     load_adapter(folder, model)
-    lengths = int(provenance["original_length"]), int(provenance["target_length"])
+    lengths = provenance["original_length"], provenance["target_length"]
     return _Loaded(model, config, source, *lengths), f"adapter complete, and made for its base {source.name}"
 
 
@@ -127,8 +140,8 @@ def _load_checkpoint(folder: Path) -> _Loaded:
     model = load_model(source, config, dtype=torch.float32, device=torch.device("cpu"))
     before, target = length_before_scaling(config), original_length(config)
     if (folder / PROVENANCE_NAME).is_file():
-        provenance = read_provenance(folder)
-        before, target = int(provenance["original_length"]), int(provenance["target_length"])
+        provenance = _origin(folder)
+        before, target = provenance["original_length"], provenance["target_length"]
     return _Loaded(model, config, source, before, target)
 
 
@@ -156,22 +169,84 @@ def _check_settings(folder: Path, loaded: _Loaded) -> Iterator[str]:
 
 def _check_origin(folder: Path, loaded: _Loaded, is_adapter: bool) -> str:
     """The positions are those that base, method and lengths in `ctxext.json` give, and not the base's own."""
-    provenance = read_provenance(folder)
+    provenance = _origin(folder)
     source = base_of(provenance)
     asked = dict(provenance["method"])
     method = create_method(asked.pop("method"), **asked)
     base_config = load_config(source)
     expected = apply_method(base_config, method, provenance["target_length"], provenance.get("on_existing", "refuse"))
+    extended, folded, reach = expected, dict[str | None, float](), original_length(expected)
     if not is_adapter:
-        expected, _ = exported_form(expected, bool(provenance.get("portable")) or None)
+        expected, folded = exported_form(expected, provenance.get("portable"))
     _require_same_tables(loaded.config, expected, str(folder / "config.json"), f"{source.name} with {method.method}")
+    if original_length(loaded.config) != reach:
+        raise ArtefactError(
+            "the config reaches another length than the checkpoint was made for",
+            where=f"{folder / 'config.json'}: max_position_embeddings",
+            got=original_length(loaded.config),
+            expected=str(reach),
+        )
     if method.method != "none" and _same_tables(loaded.config, base_config) and method.method != "dynamic":
         raise PositionsNotInEffectError(
             "the checkpoint has the positions of its unscaled base", where=str(folder / "config.json")
         )
+    if not provenance.get("trained", True):
+        _check_untrained_weights(folder, source, extended, folded)
     trained = "" if provenance.get("trained", True) else ", not trained"
     lengths = f"{loaded.original_length:,} to {loaded.target_length:,} positions"
     return f"made from {source.name}: {method.method}, {lengths}{trained}"
+
+
+def _origin(folder: Path) -> dict[str, Any]:
+    """`ctxext.json`, with everything in it that is compared here.
+
+    Raises:
+        ArtefactError: something is missing or of another kind.
+    """
+    provenance = read_provenance(folder)
+    base, method = provenance["base"], provenance.get("method")
+    lengths = (provenance.get("original_length"), provenance["target_length"])
+    if not (
+        isinstance(base, dict)
+        and isinstance(base.get("source"), str)
+        and isinstance(method, dict)
+        and isinstance(method.get("method"), str)
+        and all(isinstance(length, int) for length in lengths)
+    ):
+        raise ArtefactError(
+            "ctxext.json is incomplete",
+            where=str(folder / PROVENANCE_NAME),
+            expected="base.source, method, original_length and target_length",
+        )
+    return provenance
+
+
+def _check_untrained_weights(folder: Path, source: ModelSource, extended: Any, folded: dict[str | None, float]) -> None:
+    """The weights are the base's, but for the attention factor that is folded into them: a sample of every tensor.
+
+    Raises:
+        ArtefactError: a tensor is missing or differs.
+    """
+    if source.gguf_file or not Path(source.location).is_dir():
+        return  # a GGUF file's weights were converted; a hub model's are not fetched for this
+    base, mine = checkpoint_tensors(safetensors_folder(source)), checkpoint_tensors(folder)
+    edits = fold_edits(extended, base.tensors, folded)
+    for name, info in base.tensors.items():
+        if info.dtype not in FLOAT_TYPES or not info.num_bytes:
+            continue
+        count = min(_SAMPLED_ROWS, info.num_rows) if len(info.shape) > 1 else info.num_rows
+        expected = base.read(name, 0, count)
+        if name in edits:
+            edit = row_scaling(edits[name], info.num_rows).function if len(info.shape) > 1 else None
+            rows = expected.float()
+            expected = (edit(rows, 0) if edit else edits[name](rows)).to(expected.dtype)
+        found = mine.tensors.get(name)
+        if found is None or found.shape != info.shape or not torch.equal(mine.read(name, 0, count), expected):
+            raise ArtefactError(
+                "the weights are not the base's, although nothing was trained",
+                where=f"{folder}: {name}",
+                expected=f"those of {source.name}" + (", attention factor folded in" if name in edits else ""),
+            )
 
 
 def _check_against(name: str, loaded: _Loaded) -> str:

@@ -21,6 +21,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from ctxext.errors import ArtefactError, RecipeError, UsageError, did_you_mean, unknown_name
 from ctxext.files import shipped_directory
 from ctxext.recipe.schema import Recipe
+from ctxext.rope.methods import BROKEN_METHODS
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 KeyPath = tuple[str | int, ...]
@@ -304,6 +305,8 @@ def _message(path: KeyPath, detail: Any, schema: type[BaseModel]) -> str:
         return "missing"
     if kind == "union_tag_invalid":
         tag, expected = str(detail["ctx"]["tag"]), str(detail["ctx"]["expected_tags"])
+        if tag in BROKEN_METHODS:
+            return f"the RoPE method '{tag}' of another distribution cannot be used ({BROKEN_METHODS[tag]})"
         return f"got '{_shortened(tag)}', expected one of {expected}{_suggestion(tag, _quoted(expected))}"
     message = str(detail["msg"]).removeprefix("Value error, ")
     suggestion = _suggestion(got, _quoted(message)) if kind == "literal_error" and isinstance(got, str) else ""
