@@ -49,10 +49,10 @@ record-gemma: $(STAMP)
 	for arm in base yarn linear; do \
 	  $(BIN)/ctxext eval runs/gemma/$$arm --suite gemma-patch --dtype bfloat16 --output runs/gemma/eval-$$arm || exit; done
 
-# Other programs run for real on every exported form: evals/baselines/readers. ARGS=--create makes their environments
-# (3.5 GB, below the user's cache folder or CTXEXT_READERS_DIR).
+# Other programs run for real on every exported form: evals/baselines/readers. About 5 GB and 7 minutes the first time,
+# below CTXEXT_READERS_DIR or the user's cache folder; then about 5 minutes.
 test-readers: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python tests/readers/run_all.py $(ARGS)
+	OMP_NUM_THREADS=1 TORCH_INDEX=$(TORCH_INDEX) $(BIN)/python tests/readers/run_all.py --create $(ARGS)
 
 # Ratios within one run: memory of patching and merging multi-GB checkpoints, windowed attention.
 bench: $(STAMP)

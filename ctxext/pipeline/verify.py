@@ -16,7 +16,7 @@ from ctxext.errors import ArtefactError, PositionsNotInEffectError, UnsupportedM
 from ctxext.export.merge import safetensors_folder
 from ctxext.export.portability import portability, portability_lines, portability_table
 from ctxext.export.proof import probe_ids
-from ctxext.export.readers import verdict_table, verify_readers
+from ctxext.export.readers import require_right, verdict_table, verify_readers
 from ctxext.export.stored import FLOAT_TYPES, checkpoint_tensors
 from ctxext.export.stream import row_scaling
 from ctxext.files import MANIFEST_NAME, read_json, verify_manifest
@@ -108,19 +108,13 @@ def ask_readers(folder: Path, readers: list[str], create: bool, console: Console
     """Run other programs on the checkpoint and compare what they compute; see `ctxext.export.readers`.
 
     Raises:
-        ArtefactError: a reader computes other positions, or could not be asked; the table is printed first.
+        PositionsNotInEffectError: a reader computes other positions, or could not be asked; the table is printed first.
         CtxextError: a reader is unknown or not installed.
     """
     names = [name.strip() for name in readers]
     verdicts = verify_readers(find_checkpoint(folder), names, create=create, report=lambda line: console.print(line))
     console.print(verdict_table(verdicts))
-    wrong = [f"{verdict.reader} {verdict.verdict}" for verdict in verdicts if not verdict.is_right]
-    if wrong:
-        raise ArtefactError(
-            "not every program was shown to compute this checkpoint's positions",
-            where=str(folder),
-            got=", ".join(wrong),
-        )
+    require_right(folder, verdicts)
 
 
 def _load_adapter(folder: Path) -> tuple[_Loaded, str]:

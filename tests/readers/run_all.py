@@ -173,7 +173,8 @@ def markdown(about: Mapping[str, Any], table: Sequence[Mapping[str, Any]]) -> st
             "",
             f"In brackets: mean absolute difference of the log-probabilities of the last {about['num_scored']} of "
             f"{about['num_tokens']} tokens to transformers {versions['transformers']}; second column: what leaving the "
-            f"scaling out changes. {about['model']}, extended to {about['target_length']}, float32 on CPU, "
+            f"scaling out changes. llama.cpp read what `ctxext export --gguf` "
+            f"writes. {about['model']}, extended to {about['target_length']}, float32 on CPU, "
             f"{about['date']}; made by `{about['command']}` in {about['minutes']} minutes.",
             "",
         ]

@@ -60,7 +60,12 @@ def exported_config(form: Form) -> dict[str, Any]:
 @pytest.mark.parametrize("form", FORMS, ids=[form.name for form in FORMS])
 def test_the_portability_rules_say_what_was_seen(form: Form, recorded: dict[str, Any]) -> None:
     seen = {row["reader"]: row["verdict"] == RIGHT for row in recorded["rows"] if row["form"] == form.name}
-    rules = {item.reader: item.verdict for item in portability(exported_config(form))}
-    assert {reader: rules[reader] for reader in seen} == {
-        reader: "right" if right else "wrong" for reader, right in seen.items()
-    }
+    rules = {item.reader: item for item in portability(exported_config(form))}
+    num_compared = 0
+    for reader, right in seen.items():
+        rule = rules[reader]
+        # The rule is about llama.cpp's own converter; the readers were given our GGUF, which the rule must then advise.
+        promised = rule.verdict == "right" or (reader == "llamacpp" and "ctxext export --gguf" in (rule.instead or ""))
+        assert promised == right, (reader, rule)
+        num_compared += 1
+    assert num_compared == len(READERS)
