@@ -173,7 +173,6 @@ def merge_streamed(
     source = _same_base(provenance, base_folder)
     plan = _plan(adapter, base_folder)
     tokenizer = load_tokenizer(source)
-    destination.parent.mkdir(parents=True, exist_ok=True)
     with directory_atomic(destination) as partial:
         edits = {name: _edit(target) for name, target in plan.targets.items()}
         report = stream_weights(base_folder, partial, edits, link=link)
@@ -213,7 +212,6 @@ def write_merged(
     merged: Any = model.merge_and_unload()
     same_weights = probe_logits(merged, probe, target_length)
     config = _take_exported_form(merged)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     with tensor_write_errors(folder), directory_atomic(folder) as partial:
         with quiet():
             merged.save_pretrained(partial)

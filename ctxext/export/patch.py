@@ -15,12 +15,13 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from ctxext.errors import ArtefactError
-from ctxext.export.checkpoint import has_older_form, write_both_forms
+from ctxext.export.checkpoint import older_form_gap, write_both_forms
 from ctxext.export.merge import refuse_existing, safetensors_folder
 from ctxext.export.proof import with_real_rotary_modules
 from ctxext.export.stored import checkpoint_tensors
 from ctxext.export.stream import row_scaling, stream_weights
 from ctxext.files import directory_atomic, read_json, write_json_atomic, write_manifest
+from ctxext.model.assumptions import assumed_by_default
 from ctxext.model.load import (
     ModelSource,
     load_config,
@@ -30,10 +31,10 @@ from ctxext.model.load import (
     resolve_source,
     weights_fingerprint,
 )
-from ctxext.rope.families import OnExisting, base_ropes, text_config
+from ctxext.rope.families import OnExisting, base_ropes, rope_groups
 from ctxext.rope.methods import RopeMethod, create_method
 from ctxext.rope.patchers import apply_method
-from ctxext.rope.portable import exported_form, fold_edits
+from ctxext.rope.portable import exported_form, fold_edits, is_portable, portable_config
 from ctxext.rope.verify import RopeVerification, verify_positions
 from ctxext.train.adapter import PROVENANCE_NAME
 
@@ -55,9 +56,10 @@ class PatchReport:
         original_length, target_length: positions before and after.
         portable: whether the frequencies are in the portable form.
         folded: attention factor folded into query and key, by layer type; empty when none was.
-        older_form: whether transformers 4 and mlx-lm find their keys in the config.
+        older_form_gap: why transformers 4 will not read the config's positions; None when it will.
         weights: one line about the weight files.
         verification: of the positions that the written config gives.
+        notes: what the source's config does not say, or says otherwise elsewhere.
     """
 
     folder: Path
@@ -66,12 +68,14 @@ class PatchReport:
     target_length: int
     portable: bool
     folded: dict[str | None, float]
-    older_form: bool
+    older_form_gap: str | None
     weights: str
     verification: RopeVerification
+    notes: tuple[str, ...] = ()
 
     def lines(self) -> Iterator[str]:
         """For people."""
+        yield from self.notes
         yield (
             f"{self.method.method}: {self.original_length:,} to {self.target_length:,} positions "
             f"(factor {self.method.resolved_factor():g}); nothing was trained"
@@ -80,8 +84,8 @@ class PatchReport:
         if self.portable:
             folded = " and ".join(f"{factor:.4f}" for factor in self.folded.values())
             yield "portable form" + (f": attention factor {folded} folded into query and key" if folded else "")
-        if not self.older_form:
-            yield "the config has no older form for this family: transformers 4 will not read its positions"
+        if self.older_form_gap is not None:
+            yield f"transformers 4 will not read these positions: {self.older_form_gap}"
         yield self.verification.summary()
 
 
@@ -117,9 +121,13 @@ def patch_checkpoint(
     config = load_config(resolved_source)
     asked = create_method(method, **method_parameters)
     base = base_ropes(config, "replace" if asked.method == "none" else on_existing)[0]
+    notes = assumed_by_default(resolved_source, config)
     resolved = asked.resolved(base.original_length, target_length)
     extended = apply_method(config, asked, target_length, on_existing)
-    written, folded = exported_form(extended, portable)
+    # Asked for, the portable form is refused where there is none; `exported_form` would pass over it.
+    written, folded = portable_config(extended) if portable else exported_form(extended, portable)
+    if not resolved_source.gguf_file:
+        _tokenizer_settings(Path(resolved_source.location) / _LIMIT_FILE)
     provenance = {
         "base": {
             "source": resolved_source.name,
@@ -131,9 +139,8 @@ def patch_checkpoint(
         "original_length": base.original_length,
         "target_length": target_length,
         "trained": False,
-        "portable": text_config(extended).rope_parameters != text_config(written).rope_parameters,
+        "portable": any(map(is_portable, rope_groups(written).values())),
     }
-    destination.parent.mkdir(parents=True, exist_ok=True)
     with directory_atomic(destination) as partial:
         if resolved_source.gguf_file:
             weights = _write_from_gguf(partial, resolved_source, extended, written, folded)
@@ -152,9 +159,10 @@ def patch_checkpoint(
         target_length=target_length,
         portable=bool(provenance["portable"]),
         folded=folded,
-        older_form=has_older_form(written.to_dict()),
+        older_form_gap=older_form_gap(written.to_dict()),
         weights=weights,
         verification=verification,
+        notes=tuple(notes),
     )
 
 
@@ -209,9 +217,16 @@ def set_tokenizer_limit(folder: Path, target_length: int) -> None:
         ArtefactError: the tokenizer's config is damaged.
     """
     path = folder / _LIMIT_FILE
+    settings = _tokenizer_settings(path)
+    if settings is not None:
+        write_json_atomic(path, {**settings, "model_max_length": target_length})
+
+
+def _tokenizer_settings(path: Path) -> dict[str, Any] | None:
+    """A tokenizer_config.json; None when there is none."""
     if not path.is_file():
-        return
+        return None
     values = read_json(path)
     if not isinstance(values, dict):
         raise ArtefactError("the tokenizer's config is no mapping", where=str(path), got=type(values).__name__)
-    write_json_atomic(path, {**values, "model_max_length": target_length})
+    return values

@@ -242,13 +242,14 @@ def plan_rows(plan: Plan, estimated_seconds: float, output_dir: str) -> list[tup
         if plan.facts_share
         else ""
     )
-    suite, theta = plan.suite, plan.rope_parameters["rope_theta"]
+    suite = plan.suite
     return [
+        *(("note", note) for note in plan.notes),
         ("model", f"{plan.model} ({plan.model_type}, {plan.num_parameters:,} parameters)"),
         ("positions", f"{plan.original_length} -> {plan.target_length} (factor {plan.factor:g})"),
         (
             "RoPE",
-            f"{plan.method}, attention factor {plan.attention_factor:.4f}, theta {theta:g}",
+            f"{plan.method}, attention factor {plan.attention_factor:.4f}; {plan.positions}",
         ),
         ("training", f"{steps_tokens}, {plan.window_mode} windows{facts}"),
         (

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from ctxext.errors import CtxextError
 from ctxext.evaluation.suite import Sample, Suite, load_suite, resolve_samples
 from ctxext.files import fingerprint
+from ctxext.model.assumptions import assumed_by_default
 from ctxext.model.load import load_config, resolve_source, weights_fingerprint
 from ctxext.model.lora import add_lora, num_trainable
 from ctxext.planning.cost import ModelShape
@@ -21,6 +22,7 @@ from ctxext.recipe.schema import Recipe
 from ctxext.rope.families import OnExisting, base_ropes, text_config
 from ctxext.rope.methods import RopeMethod
 from ctxext.rope.patchers import apply_method
+from ctxext.rope.reference import describe_positions
 
 _FLOAT32_BYTES = 4
 
@@ -37,6 +39,8 @@ class Plan:
         cache_bytes: KV cache of the longest evaluated prompt, in float32.
         weights: fingerprint of the base weights.
         plan_id: hash of everything that changes results.
+        positions: the extended config's RoPE in one line.
+        notes: what the model's config does not say, or says otherwise elsewhere.
     """
 
     plan_id: str
@@ -48,6 +52,8 @@ class Plan:
     factor: float
     method: str
     rope_parameters: dict[str, Any]
+    positions: str
+    notes: tuple[str, ...]
     attention_factor: float
     num_parameters: int
     num_trainable: int
@@ -127,6 +133,8 @@ def make_plan(recipe: Recipe) -> Plan:
         factor=recipe.target_length / base.original_length,
         method=method.method,
         rope_parameters=text_config(extended).rope_parameters,
+        positions=describe_positions(extended),
+        notes=tuple(assumed_by_default(source, config)),
         attention_factor=method.attention_multiplier(base),
         num_parameters=counts.total,
         num_trainable=counts.trainable,
@@ -203,7 +211,10 @@ def length_checks(values: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:
     if not isinstance(source, str) or not source or not isinstance(revision, str | None):
         return
     try:
-        base = base_ropes(load_config(resolve_source(source, revision)), _on_existing(values))[0]
+        found = resolve_source(source, revision)
+        config = load_config(found)
+        base = base_ropes(config, _on_existing(values))[0]
+        assumed_by_default(found, config)  # refuses a config that does not say what extension rests on
     except CtxextError as error:
         yield ("model", "source"), str(error)
         return
