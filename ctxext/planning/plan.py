@@ -53,7 +53,7 @@ class Plan:
     method: str
     rope_parameters: dict[str, Any]
     positions: str
-    notes: tuple[str, ...]
+    notes: list[str]
     attention_factor: float
     num_parameters: int
     num_trainable: int
@@ -134,7 +134,7 @@ def make_plan(recipe: Recipe) -> Plan:
         method=method.method,
         rope_parameters=text_config(extended).rope_parameters,
         positions=describe_positions(extended),
-        notes=tuple(assumed_by_default(source, config)),
+        notes=assumed_by_default(source, config),
         attention_factor=method.attention_multiplier(base),
         num_parameters=counts.total,
         num_trainable=counts.trainable,
