@@ -249,6 +249,26 @@ def report(
 
 
 @app.command()
+def compare(
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN...", help="Run or evaluation folders and recorded baselines; NAME:ARM for one arm."
+        ),
+    ],
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="Folder for JSON, CSV and curves.", show_default=False)
+    ] = None,
+) -> None:
+    """Put evaluated arms side by side on the prompts that they share; each is compared with the first."""
+    from pathlib import Path
+
+    from ctxext.pipeline.compare import print_comparison
+
+    print_comparison(_reporter().console, runs, Path(output) if output else None)
+
+
+@app.command()
 def verify(
     checkpoint: Annotated[str, typer.Argument(help="Merged checkpoint, adapter folder or run folder.")],
     against: Annotated[
@@ -333,6 +353,21 @@ def methods() -> None:
 
     console = Console(highlight=False)
     console.print(methods_view(blocks=can_show_blocks(console)))
+
+
+@list_app.command()
+def tasks() -> None:
+    """What a suite can ask: each task, when to use it, and where it comes from."""
+    from rich.console import Console
+    from rich.padding import Padding
+    from rich.text import Text
+
+    from ctxext.evaluation.tasks.registry import TASKS
+
+    console = Console(highlight=False)
+    for name, task in TASKS.items():
+        console.print(Text.assemble((name, "bold"), f"  {task.summary}"))
+        console.print(Padding(Text(f"{task.when}\n{task.source}"), (0, 0, 1, 4)))
 
 
 @list_app.command()

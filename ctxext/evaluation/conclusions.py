@@ -3,7 +3,8 @@
 A gain counts as context extension only beyond the original length and only against the control arm (the same training
 without the RoPE rewrite) on the same prompts. Inside the original length training on facts alone repairs retrieval, so
 what is gained there is reported as retrieval training. Live and recorded arms are never compared with each other: the
-claim comes from one set of arms that were trained and evaluated alike.
+claim comes from one set of arms that were trained and evaluated alike. Prompts that share a haystack are a cluster:
+they are compared by a test that flips whole clusters, and every claim is limited to the lengths that were measured.
 """
 
 from __future__ import annotations
@@ -13,24 +14,33 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ctxext.evaluation.clusters import cluster_of
+from ctxext.evaluation.effective_length import holes, needle_effective_lengths
 from ctxext.evaluation.statistics import (
+    FEWEST_UNITS,
     MeanDifference,
     PairedComparison,
     Proportion,
-    mcnemar,
+    clustered_wilson,
+    compare_paired,
+    counted,
     paired_difference,
-    wilson,
 )
 from ctxext.evaluation.store import SampleResult, by_length
+from ctxext.evaluation.tail import TailNumber, tail_number
 
-SIGNIFICANCE_LEVEL = 0.05
 LOSS_MARGIN_NATS = 0.05
+NEEDLE_TASK = "needle"
 
 ArmName = Literal["base", "untrained", "control", "extended"]
 Verdict = Literal["shown", "not shown", "worse", "no claim", "not worse", "not decided", "reported"]
 Keep = Callable[[SampleResult], bool]
 
 _NAMES = {"base": "the base model", "extended": "the extended model", "control": "the control arm"}
+_DEFINITIONS = {
+    "absolute": "more than 0.856 right",
+    "relative": "at least 0.85 of the arm's own share at its shortest length",
+}
 _NO_CLAIM = "No claim of context extension is made"
 _INSIDE = (
     ("extended", "base", "retrieval training and RoPE rewrite together"),
@@ -76,7 +86,8 @@ class Statement:
     """One sentence with what it rests on.
 
     Attributes:
-        topic: `extension`, `before_after`, `inside`, `short_loss`, `degenerate` or `coverage`.
+        topic: `extension`, `before_after`, `inside`, `short_loss`, `effective_length`, `tail`, `degenerate` or
+            `coverage`.
         lead: how the sentence begins, up to the colon: its verdict, for those who skim.
         headline: belongs at the top of a report.
         numbers: the sentence's counts, intervals and p value, JSON-able.
@@ -124,6 +135,30 @@ def mean_loss(sample: SampleResult) -> float | None:
     return sum(loss * tokens for loss, tokens in weighed) / num_tokens if num_tokens else None
 
 
+def compare_arms(first: Arm, second: Arm, keep: Keep = lambda sample: True) -> PairedComparison | None:
+    """Two arms on the prompts that both answered; None when there is none."""
+    pairs = first.pairs_with(second, keep)
+    if not pairs:
+        return None
+    outcomes = [(mine.score >= 1.0, theirs.score >= 1.0) for mine, theirs in pairs]
+    return compare_paired(outcomes, [cluster_of(mine) for mine, _ in pairs])
+
+
+def coverage_sentence(longest_tokens: int, target_length: int, answer_tokens: int = 0) -> str | None:
+    """What must stand beside every result of a suite that stops short of the target length; None when it does not.
+
+    Args:
+        longest_tokens: tokens of the longest prompt.
+        answer_tokens: tokens of the answer that fit behind it.
+    """
+    if longest_tokens + answer_tokens >= target_length:
+        return None
+    return (
+        f"The longest prompt has {longest_tokens:,} of the {target_length:,} tokens of the target length, so nothing "
+        f"is claimed beyond {longest_tokens:,} tokens."
+    )
+
+
 def arms_by_origin(arms: Iterable[Arm]) -> list[dict[str, Arm]]:
     """The live arms and the recorded ones, each by name; empty ones left out.
 
@@ -138,8 +173,13 @@ def arms_by_origin(arms: Iterable[Arm]) -> list[dict[str, Arm]]:
     return [group for group in origins.values() if group]
 
 
-def draw_conclusions(arms: Sequence[Arm], *, original_length: int, target_length: int) -> list[Statement]:
+def draw_conclusions(
+    arms: Sequence[Arm], *, original_length: int, target_length: int, answer_tokens: int = 0
+) -> list[Statement]:
     """Everything that may be said about the arms, the claim first.
+
+    Args:
+        answer_tokens: room for the answer, which belongs to the measured length.
 
     Raises:
         ValueError: the same arm twice.
@@ -152,8 +192,9 @@ def draw_conclusions(arms: Sequence[Arm], *, original_length: int, target_length
     statements += [s for group in groups for s in _before_after(group, original_length, mixed)]
     statements += [s for group in groups for s in _inside(group, original_length)]
     statements += [s for group in groups for s in _short_loss(group, original_length)]
+    statements += [s for group in groups for s in (*_effective_lengths(group), *_tails(group))]
     statements += _degenerate(arms, original_length)
-    return statements + [s for group in groups for s in _coverage(group, original_length, target_length)]
+    return statements + [s for group in groups for s in _coverage(group, original_length, target_length, answer_tokens)]
 
 
 def table_rows(arms: Sequence[Arm], *, original_length: int) -> list[TableRow]:
@@ -236,9 +277,14 @@ def _short_loss(group: dict[str, Arm], original_length: int) -> list[Statement]:
             continue
         pairs = group[name].pairs_with(base, lambda sample: sample.length_tokens == shortest)
         losses = [(mean_loss(mine), mean_loss(before)) for mine, before in pairs]
-        differences = [mine - before for mine, before in losses if mine is not None and before is not None]
-        if differences:
-            statements.append(_loss_statement(group[name], shortest, paired_difference(differences)))
+        clustered = [
+            (after - before, cluster_of(mine))
+            for (after, before), (mine, _) in zip(losses, pairs, strict=True)
+            if after is not None and before is not None
+        ]
+        if clustered:
+            differences, clusters = zip(*clustered, strict=True)
+            statements.append(_loss_statement(group[name], shortest, paired_difference(differences, clusters)))
     return statements
 
 
@@ -257,8 +303,10 @@ def _loss_statement(arm: Arm, shortest: int, difference: MeanDifference) -> Stat
     lead = f"{_origin(arm)}Short-context loss of the {arm.name} arm ({closing})"
     detail = (
         f"at {shortest:,} tokens, {arm.name} minus base {difference.mean:+.3f} nats "
-        f"(95% interval {low} to {high}; {percent:+.1f}% perplexity) over {_count(difference.num_pairs, 'prompt')}"
+        f"(95% interval {low} to {high}; {percent:+.1f}% perplexity) over {counted(difference.num_pairs, 'prompt')}"
     )
+    if difference.num_clusters is not None:
+        detail += f" of {counted(difference.num_clusters, 'haystack')}"
     numbers = {
         "arm": arm.name,
         "length_tokens": shortest,
@@ -271,12 +319,72 @@ def _loss_statement(arm: Arm, shortest: int, difference: MeanDifference) -> Stat
     return Statement("short_loss", verdict, lead, detail, arm.recorded, False, numbers)
 
 
+def _effective_lengths(group: dict[str, Arm]) -> list[Statement]:
+    """One sentence a definition: how far each arm retrieves, by estimate and by lower bound."""
+    statements = []
+    for definition, meaning in _DEFINITIONS.items():
+        texts, numbers = [], []
+        for arm in group.values():
+            samples = _needles(arm)
+            found = {
+                length.by: length for length in needle_effective_lengths(samples) if length.definition == definition
+            }
+            if not found:
+                continue
+            hidden = holes(samples, found["estimate"].tokens or 0) if definition == "absolute" else []
+            texts.append(
+                f"{arm.name} {found['estimate'].text()}, by the lower 95% bound {found['bound'].text()}"
+                + "".join(f", although depth {hole.depth:g} has {hole.score.text()}" for hole in hidden)
+            )
+            numbers.append(
+                {
+                    "arm": arm.name,
+                    "estimate_tokens": found["estimate"].tokens,
+                    "bound_tokens": found["bound"].tokens,
+                    "longest_tokens": found["estimate"].longest_tokens,
+                    "holes": [{"depth": hole.depth, "score": hole.score.value} for hole in hidden],
+                }
+            )
+        if texts:
+            recorded = next(iter(group.values())).recorded
+            lead = f"{_origin(next(iter(group.values())))}Needle-effective length ({meaning}; nothing interpolated)"
+            facts = {"definition": definition, "arms": numbers}
+            statements.append(Statement("effective_length", "reported", lead, "; ".join(texts), recorded, False, facts))
+    return statements
+
+
+def _tails(group: dict[str, Arm]) -> list[Statement]:
+    """How much worse each arm reads the end of its longest prompts than their beginning."""
+    found = [(arm, tail) for arm in group.values() if isinstance(tail := tail_number(_needles(arm)), TailNumber)]
+    if not found:
+        return []
+    arm = found[0][0]
+    lead = f"{_origin(arm)}Tail number (share right in the last tenth of the positions minus the first tenth)"
+    detail = "; ".join(f"{arm.name} {tail.text()}" for arm, tail in found)
+    numbers = [
+        {
+            "arm": arm.name,
+            "length_tokens": tail.length_tokens,
+            "value": tail.difference.value,
+            "interval_95": [tail.difference.low, tail.difference.high],
+            "num_pairs": tail.num_pairs,
+        }
+        for arm, tail in found
+    ]
+    return [Statement("tail", "reported", lead, detail, arm.recorded, False, {"arms": numbers})]
+
+
+def _needles(arm: Arm) -> list[SampleResult]:
+    return [sample for sample in arm.samples if sample.task == NEEDLE_TASK]
+
+
 def _degenerate(arms: Sequence[Arm], original_length: int) -> list[Statement]:
     shares: list[tuple[Arm, Proportion]] = []
     for arm in arms:
         beyond = [sample for sample in arm.scored if sample.length_tokens > original_length]
         if beyond:
-            shares.append((arm, wilson(sum(sample.degenerate is not None for sample in beyond), len(beyond))))
+            outcomes = [sample.degenerate is not None for sample in beyond]
+            shares.append((arm, clustered_wilson(outcomes, [cluster_of(sample) for sample in beyond])))
     if not shares:
         return []
     names = [f"{'recorded ' if arm.recorded else ''}{arm.name} {share.text()}" for arm, share in shares]
@@ -285,13 +393,15 @@ def _degenerate(arms: Sequence[Arm], original_length: int) -> list[Statement]:
     return [Statement("degenerate", "reported", lead, ", ".join(names), numbers={"arms": numbers})]
 
 
-def _coverage(group: dict[str, Arm], original_length: int, target_length: int) -> list[Statement]:
+def _coverage(group: dict[str, Arm], original_length: int, target_length: int, answer_tokens: int) -> list[Statement]:
     arms = list(group.values())
     longest = max((s.length_tokens for arm in arms for s in arm.scored), default=0)
-    if longest >= target_length:
+    if coverage_sentence(longest, target_length, answer_tokens) is None:
         return []
     lead = f"{_origin(arms[0])}Not measured up to the target length of {target_length:,} tokens"
-    detail = f"the longest scored prompt has {longest:,}" if longest else "no prompt has a score"
+    detail = "no prompt has a score"
+    if longest:
+        detail = f"the longest scored prompt has {longest:,}, and nothing is claimed beyond it"
     numbers = {"longest_tokens": longest, "original_length": original_length, "target_length": target_length}
     return [Statement("coverage", "reported", lead, detail, arms[0].recorded, numbers=numbers)]
 
@@ -303,15 +413,14 @@ class _Evidence:
     first: str
     second: str
     lengths: list[int]
+    tasks: list[str]
     comparison: PairedComparison
     num_haystacks: int
     num_left_out: int
 
     @property
     def verdict(self) -> Literal["shown", "not shown", "worse"]:
-        if self.comparison.p_value >= SIGNIFICANCE_LEVEL:
-            return "not shown"
-        return "shown" if self.comparison.only_first > self.comparison.only_second else "worse"
+        return {None: "not shown", "first": "shown", "second": "worse"}[self.comparison.better]  # type: ignore[return-value]
 
     def text(self) -> str:
         """The counts in words; brackets hold Wilson 95% intervals."""
@@ -320,13 +429,21 @@ class _Evidence:
             f"at {_listed(self.lengths)} tokens {_NAMES[self.first]} is right on {pair.first.text()} and "
             f"{_NAMES[self.second]} on {pair.second.text()} of the same prompts",
             f"{pair.only_first} only {self.first}, {pair.only_second} only {self.second} right, "
-            f"McNemar p = {pair.p_value:.3g}",
-            _count(self.num_haystacks, "haystack"),
+            f"{pair.test} p = {pair.p_value:.3g}",
+            counted(self.num_haystacks, "haystack"),
         ]
+        if len(self.tasks) > 1:
+            parts.insert(0, f"all tasks together ({', '.join(self.tasks)})")
         if self.num_haystacks < pair.num_pairs:
-            parts[-1] += f" for {pair.num_pairs} prompts, which are therefore not independent and p is too small"
+            parts[-1] += (
+                f" for {pair.num_pairs} prompts, which are therefore not independent; the test flips whole haystacks"
+            )
+        if pair.num_differing and not pair.decidable:
+            unit = "prompt" if pair.test == "McNemar" else "haystack"
+            differ = "differs" if pair.num_differing == 1 else "differ"
+            parts.append(f"only {counted(pair.num_differing, unit)} {differ}, a verdict needs {FEWEST_UNITS}")
         if self.num_left_out:
-            parts.append(f"{_count(self.num_left_out, 'prompt')} without a score in both left out")
+            parts.append(f"{counted(self.num_left_out, 'prompt')} without a score in both left out")
         return "; ".join(parts)
 
     def numbers(self) -> dict[str, Any]:
@@ -342,27 +459,38 @@ class _Evidence:
             self.second: _share(pair.second),
             "only_first": pair.only_first,
             "only_second": pair.only_second,
-            "mcnemar_p": pair.p_value,
+            "test": pair.test,
+            "p_value": pair.p_value,
+            "mcnemar_p": pair.p_value if pair.test == "McNemar" else None,
         }
 
 
 def _compare(first: Arm, second: Arm, keep: Keep) -> _Evidence | None:
     pairs = first.pairs_with(second, keep)
-    if not pairs:
+    comparison = compare_arms(first, second, keep)
+    if comparison is None:
         return None
     asked = {s.prompt_sha256 for arm in (first, second) for s in arm.samples if keep(s)}
     return _Evidence(
         first=first.name,
         second=second.name,
         lengths=sorted({mine.length_tokens for mine, _ in pairs}),
-        comparison=mcnemar((mine.score >= 1.0, theirs.score >= 1.0) for mine, theirs in pairs),
+        tasks=sorted({mine.task for mine, _ in pairs}),
+        comparison=comparison,
         num_haystacks=len({mine.haystack_sha256 for mine, _ in pairs}),
         num_left_out=len(asked) - len(pairs),
     )
 
 
 def _share(share: Proportion) -> dict[str, Any]:
-    return {"count": share.num_successes, "of": share.num_trials, "wilson_95": [share.low, share.high]}
+    numbers: dict[str, Any] = {
+        "count": share.num_successes,
+        "of": share.num_trials,
+        "wilson_95": [share.low, share.high],
+    }
+    if share.num_clusters is not None:
+        numbers |= {"num_clusters": share.num_clusters, "num_effective": share.num_effective}
+    return numbers
 
 
 def _outcome(evidence: _Evidence) -> str:
@@ -373,10 +501,6 @@ def _outcome(evidence: _Evidence) -> str:
 
 def _origin(arm: Arm) -> str:
     return "Recorded on another machine: " if arm.recorded else ""
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _listed(lengths: list[int]) -> str:

@@ -1,4 +1,4 @@
-"""Loss by position and accuracy by length as pictures, one line an arm.
+"""Loss by position, accuracy by length and by depth as pictures, one line an arm.
 
 Arms of one panel are compared only over prompts that all of them answered: another text has another loss. Each point
 averages all of these prompts that are long enough to reach it, so the far end rests on the long prompts alone. Live
@@ -8,9 +8,11 @@ colour.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -27,15 +29,25 @@ from ctxext.evaluation.heatmap import (
     length_label,
     render,
 )
+from ctxext.evaluation.statistics import MeanScore, Proportion
 from ctxext.evaluation.store import SampleResult, by_length
+from ctxext.evaluation.tables import score_of
 
 # Colours of Okabe and Ito, told apart with every common kind of colour blindness; dash and marker repeat the message.
-_LINES = {
+_LINES: dict[str, tuple[Any, ...]] = {
     "base": ("#5f6670", (0, (1, 1.6)), "o"),
     "untrained": ("#b87a00", (0, (5, 1.5, 1, 1.5)), "^"),
     "control": ("#9b3d78", (0, (5, 2)), "s"),
     "extended": ("#0072b2", "solid", "D"),
 }
+_OTHER_LINES = (
+    ("#0072b2", "solid", "D"),
+    ("#9b3d78", (0, (5, 2)), "s"),
+    ("#b87a00", (0, (5, 1.5, 1, 1.5)), "^"),
+    ("#5f6670", (0, (1, 1.6)), "o"),
+    ("#00735c", (0, (8, 2)), "v"),
+    ("#a63c06", (0, (3, 1, 1, 1, 1, 1)), "P"),
+)
 _MUTED = "#59636e"
 _NUM_MARKERS = 8
 _FAR_FACTOR = 1.5
@@ -84,7 +96,7 @@ def loss_by_position(arms: Sequence[Arm], *, original_length: int, target_length
         for arm in panel:
             points = loss_curve(sample for sample in arm.scored if sample.prompt_sha256 in shared)
             longest = max([longest, *(s.length_tokens for s in arm.scored if s.prompt_sha256 in shared)])
-            _line(axis, arm, [x for x, _ in points], [y for _, y in points])
+            _line(axis, arm, panel, [x for x, _ in points], [y for _, y in points])
         _place_lengths(axis, longest, original_length, target_length)
         axis.set_xlabel("position in the context (tokens)")
         axis.set_ylabel("loss (nats per token)")
@@ -104,16 +116,9 @@ def accuracy_by_length(arms: Sequence[Arm], *, original_length: int, target_leng
     def draw(axis: Axes, panel: Sequence[Arm]) -> str:
         lengths = sorted({sample.length_tokens for arm in panel for sample in arm.samples})
         for number, arm in enumerate(panel):
-            # Side by side, because intervals on top of each other cannot be read.
-            shift = 0.13 * (number - (len(panel) - 1) / 2)
+            shift = _side_by_side(number, panel, 0.13)
             shares = by_length(arm.samples)
-            places = [lengths.index(length) + shift for length in shares]
-            values = [share.value for share in shares.values()]
-            below = [share.value - share.low for share in shares.values()]
-            above = [share.high - share.value for share in shares.values()]
-            color = _LINES[arm.name][0]
-            axis.errorbar(places, values, yerr=[below, above], fmt="none", ecolor=color, elinewidth=1.2, capsize=2.5)
-            _line(axis, arm, places, values, every=1)
+            _line_with_intervals(axis, arm, panel, {lengths.index(n) + shift: share for n, share in shares.items()})
         axis.set_xlim(-0.5, max(len(lengths), 1) - 0.5)
         axis.set_ylim(-0.04, 1.04)
         axis.set_xticks(range(len(lengths)), [length_label(length) for length in lengths])
@@ -123,6 +128,69 @@ def accuracy_by_length(arms: Sequence[Arm], *, original_length: int, target_leng
         return "all depths; bars: Wilson 95% intervals"
 
     return _figure("Accuracy by length", arms, draw)
+
+
+def accuracy_by_depth(arms: Sequence[Arm], *, original_length: int, lengths: Collection[int] | None = None) -> Picture:
+    """Draw the share of right answers by depth with 95% intervals.
+
+    Args:
+        lengths: which lengths count together; those beyond the original length when left out, all where there is none.
+
+    Raises:
+        ValueError: no arms.
+    """
+
+    def draw(axis: Axes, panel: Sequence[Arm]) -> str:
+        tested = sorted({sample.length_tokens for arm in panel for sample in arm.samples})
+        shown = [n for n in tested if (n > original_length if lengths is None else n in lengths)] or tested
+        depths = sorted({s.depth for arm in panel for s in arm.samples if s.length_tokens in shown})
+        gap = min((b - a for a, b in itertools.pairwise(depths)), default=0.2)
+        for number, arm in enumerate(panel):
+            shift = _side_by_side(number, panel, min(0.02, 0.13 * gap))
+            scores = {
+                depth + shift: score
+                for depth in depths
+                if (score := score_of(s for s in arm.samples if s.depth == depth and s.length_tokens in shown))
+            }
+            _line_with_intervals(axis, arm, panel, scores)
+        axis.set_xlim(-0.06, 1.06)
+        axis.set_ylim(-0.04, 1.04)
+        if depths:
+            axis.set_xticks(depths, [f"{depth:g}" for depth in depths])
+        axis.set_xlabel("depth of the needle (0 = start)")
+        axis.set_ylabel("share of right answers")
+        if not shown:
+            return "no samples"
+        reach = " to ".join(length_label(length) for length in sorted({shown[0], shown[-1]}))
+        return f"at {reach} tokens; 95% intervals"
+
+    return _figure("Accuracy by depth", arms, draw)
+
+
+def _side_by_side(number: int, panel: Sequence[Arm], step: float) -> float:
+    """How far an arm's points stand from their place: intervals on top of each other cannot be read."""
+    return step * (number - (len(panel) - 1) / 2)
+
+
+def _line_with_intervals(
+    axis: Axes, arm: Arm, panel: Sequence[Arm], shares: Mapping[float, Proportion | MeanScore]
+) -> None:
+    places = list(shares)
+    values = [share.value for share in shares.values()]
+    below = [share.value - share.low for share in shares.values()]
+    above = [share.high - share.value for share in shares.values()]
+    color = _line_style(arm, panel)[0]
+    axis.errorbar(places, values, yerr=[below, above], fmt="none", ecolor=color, elinewidth=1.2, capsize=2.5)
+    _line(axis, arm, panel, places, values, every=1)
+
+
+def _line_style(arm: Arm, panel: Sequence[Arm]) -> tuple[Any, ...]:
+    """Colour, dash and marker: an arm's own where every arm of the panel has one of its own, else by its place."""
+    names = [other.name for other in panel]
+    if len(set(names)) == len(names) and set(names) <= _LINES.keys():
+        return _LINES[arm.name]
+    place = next(number for number, other in enumerate(panel) if other is arm)
+    return _OTHER_LINES[place % len(_OTHER_LINES)]
 
 
 def _figure(title: str, arms: Sequence[Arm], draw: Callable[[Axes, Sequence[Arm]], str]) -> Picture:
@@ -158,8 +226,10 @@ def _legend(arm: Arm) -> str:
     return f"{arm.name}: {arm.label}{' (recorded)' if arm.recorded else ''}"
 
 
-def _line(axis: Axes, arm: Arm, xs: list[float], ys: list[float], every: int | None = None) -> None:
-    color, dash, marker = _LINES[arm.name]
+def _line(
+    axis: Axes, arm: Arm, panel: Sequence[Arm], xs: list[float], ys: list[float], every: int | None = None
+) -> None:
+    color, dash, marker = _line_style(arm, panel)
     axis.plot(
         xs,
         ys,

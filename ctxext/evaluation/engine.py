@@ -1,115 +1,57 @@
-"""Answer prompts: chunked prefill into a KV cache, loss by position on the way, greedy decoding.
+"""Evaluate samples with one model: answer what is not stored yet, score it, store it.
 
-The prefill runs in chunks, so that no [S, S] mask and no [S, V] logits ever exist; answers equal plain `generate`.
-Short prompts of equal length share forward passes: a small model spends most of their time between the kernels.
+Long prompts that begin with the same tokens are answered along one trunk (`ctxext.evaluation.trunk`), short ones of
+equal length together, everything else alone; the stored answers are the same. One prompt of every run is answered once
+more by plain `generate` (`ctxext.evaluation.self_check`).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
-from ctxext.evaluation.prompt import Prompt, PromptBuilder
-from ctxext.evaluation.scoring import NUMBER_MATCH, degenerate_kind, number_match
+from ctxext.data.boundaries import encode_plain
+from ctxext.evaluation.answerer import Answer, Answerer, Work
+from ctxext.evaluation.prompt import Prompt, PromptBuilder, hash_ids
+from ctxext.evaluation.scoring import degenerate_kind, final_answer, score_all
+from ctxext.evaluation.self_check import SelfCheck, self_check
 from ctxext.evaluation.store import SampleResult, SampleStore
 from ctxext.evaluation.suite import Sample, Suite
-from ctxext.model.loss import DecoderHead, token_losses
 
-PREFILL_CHUNK = 1024
-# Prompt tokens that are answered together; only prompts that fit into one prefill chunk share a batch.
-BATCH_TOKENS = 4096
+__all__ = ["Answer", "Answerer", "EngineReport", "block_means", "evaluate_samples"]
+
+# Prompts are answered along one trunk when they have at least this part in common (rounded down to a power of two, so
+# prompts of very different lengths do not: all lengths on one trunk would save 4% more at 11 depths and 2 samples).
+_SHARED_PART = 8
+_FEWEST_SHARED = 32
 
 OnSample = Callable[[SampleResult], None]
 
 
 @dataclass(frozen=True)
-class Answer:
-    """Greedy continuation of a prompt and the prompt's own next-token losses [S - 1] ([0] when not measured)."""
+class EngineReport:
+    """How the answers of a run were made.
 
-    ids: list[int]
-    losses: Tensor
-
-
-class Answerer:
-    """Greedy answers of one model.
-
-    Args:
-        model: a causal LM in eval mode.
-        chunk_tokens: prompt tokens a prefill step.
+    Attributes:
+        kernels: attention kernels of the prefill; none: attention was computed from plain matrix products.
+        num_sharing: prompts that were answered along a shared trunk.
+        plain_reason: why prompts that begin alike were answered one by one all the same, if there were any.
+        work: prompt tokens, those really prefilled, answer tokens, those verified without a pass each.
+        self_check: None when everything was stored already.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, chunk_tokens: int = PREFILL_CHUNK) -> None:
-        self._model = model
-        self._parts = DecoderHead(model)
-        self._device = model.device
-        self._stop_ids = stop_ids(model, tokenizer)
-        self.tokenizer = tokenizer
-        self._chunk = chunk_tokens
-
-    def batch_size(self, length_tokens: int) -> int:
-        """How many prompts of this length are answered together; one when a prompt fills more than a prefill chunk."""
-        return max(BATCH_TOKENS // length_tokens, 1) if length_tokens <= self._chunk else 1
-
-    def answer(self, input_ids: list[int], max_new_tokens: int, *, measure_loss: bool = True) -> Answer:
-        """Prefill, then decode greedily until a stop token or `max_new_tokens`."""
-        return self.answer_together([input_ids], max_new_tokens, measure_loss=measure_loss)[0]
-
-    @torch.inference_mode()
-    def answer_together(
-        self, prompts: list[list[int]], max_new_tokens: int, *, measure_loss: bool = True
-    ) -> list[Answer]:
-        """Answers to prompts of equal length, each as if it were alone: no row is padded and none sees another.
-
-        Raises:
-            ValueError: prompts of different lengths.
-        """
-        if len({len(prompt) for prompt in prompts}) != 1:
-            raise ValueError(f"prompts of one length expected, got lengths {sorted({len(p) for p in prompts})}")
-        ids = torch.tensor(prompts, device=self._device)
-        cache = DynamicCache(config=self._model.config)
-        losses: list[Tensor] = [torch.empty(len(prompts), 0)]
-        hidden = torch.empty(0)
-        for start in range(0, ids.shape[1], self._chunk):
-            piece = ids[:, start : start + self._chunk]
-            hidden = self._parts.hidden_states(piece, past_key_values=cache, use_cache=True)
-            if not measure_loss:
-                continue
-            targets = ids[:, start + 1 : start + 1 + piece.shape[1]]
-            flat = token_losses(hidden[:, : targets.shape[1]].flatten(0, 1), self._parts.head, targets.flatten())
-            losses.append(flat.view(targets.shape).cpu())
-        answers = self._decode(hidden, cache, max_new_tokens)
-        return [Answer(answer, row) for answer, row in zip(answers, torch.cat(losses, dim=1), strict=True)]
-
-    def _decode(self, hidden: Tensor, cache: DynamicCache, max_new_tokens: int) -> list[list[int]]:
-        """Greedy tokens of every row from the prompts' last hidden states [B, S, D]."""
-        answers: list[list[int]] = [[] for _ in hidden]
-        going = set(range(len(answers)))
-        while True:
-            tokens = self._parts.head(hidden[:, -1:]).argmax(-1)
-            for row in sorted(going):
-                token = int(tokens[row])
-                answers[row].append(token)
-                if token in self._stop_ids or len(answers[row]) >= max_new_tokens:
-                    going.remove(row)
-            if not going:
-                return answers
-            hidden = self._parts.hidden_states(tokens, past_key_values=cache, use_cache=True)
-
-
-def stop_ids(model: Any, tokenizer: Any) -> set[int]:
-    """Token ids that end an answer: the generation config's, else the tokenizer's."""
-    stop = getattr(model.generation_config, "eos_token_id", None)
-    if stop is None:
-        stop = tokenizer.eos_token_id
-    return set() if stop is None else {stop} if isinstance(stop, int) else set(stop)
+    kernels: list[str]
+    num_sharing: int
+    plain_reason: str | None
+    work: Work
+    self_check: SelfCheck | None
 
 
 def block_means(losses: Tensor, block_tokens: int) -> list[float]:
@@ -133,25 +75,85 @@ def evaluate_samples(
     samples: list[Sample],
     store: SampleStore,
     on_sample: OnSample | None = None,
-) -> None:
+) -> EngineReport:
     """Answer and store every sample that is not stored yet; out of memory marks a sample as missing and goes on."""
+
+    def tell(sample_ids: Iterable[str]) -> None:
+        for sample_id in sample_ids:
+            if on_sample is not None:
+                on_sample(store.results[sample_id])
+
+    plan = _plan(answerer, builder, suite, samples)
     too_long: int | None = None
-    for batch in _batches(answerer, samples):
-        prompts = [builder.build(sample) for sample in batch]
-        missing = [p for p in prompts if store.finished(p.sample.sample_id, p.prompt_sha256) is None]
-        if too_long is not None and missing and len(missing[0].input_ids) >= too_long:
-            results = [_result(prompt, status="out_of_memory") for prompt in missing]
-        else:
-            results = _answered(answerer, missing, suite)
-            if any(result.status == "out_of_memory" for result in results):
-                too_long = batch[0].cell.length_tokens
-        # All of a batch is stored before anyone is told: a listener may stop the evaluation.
-        for result in results:
-            store.add(result)
-        if on_sample is not None:
-            for prompt in prompts:
-                on_sample(store.results[prompt.sample.sample_id])
-    store.write_results()
+    check: SelfCheck | None = None
+    try:
+        for unit in plan.units:
+            prompts = [_built(builder, suite, sample) for sample in unit]
+            missing = [p for p in prompts if store.finished(p.sample.sample_id, p.prompt_sha256) is None]
+            sharing = len(unit) > 1 and unit[0].sample_id in plan.sharing
+            waiting = {prompt.sample.sample_id for prompt in missing}
+            if sharing:
+                tell(prompt.sample.sample_id for prompt in prompts if prompt.sample.sample_id not in waiting)
+            for results in _answered_unit(answerer, missing, suite, sharing, too_long):
+                # All of a batch is stored before anyone is told: a listener may stop the evaluation.
+                for result in results:
+                    store.add(result)
+                    if result.status == "out_of_memory":
+                        too_long = min(too_long or result.length_tokens, result.length_tokens)
+                if check is None and (sharing or not plan.sharing):
+                    check = _checked(answerer, missing, results)
+                if sharing:
+                    tell(result.sample_id for result in results)
+            if not sharing:
+                tell(sample.sample_id for sample in unit)
+    finally:
+        store.write_results()  # a stop after the last answer leaves nothing to do but this
+    kernels = answerer.kernels() if check is not None else []
+    return EngineReport(kernels, len(plan.sharing), plan.plain_reason, answerer.work, check)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Samples that are answered together, in order; ids of those that share a trunk; why others do not."""
+
+    units: list[list[Sample]]
+    sharing: set[str]
+    plain_reason: str | None
+
+
+def _plan(answerer: Answerer, builder: PromptBuilder, suite: Suite, samples: list[Sample]) -> _Plan:
+    """Group samples by the first tokens of their prompts; prompts are built again when their turn comes."""
+    groups: dict[tuple[str, int], list[Sample]] = {}
+    longest = 0
+    for sample in samples:
+        if answerer.batch_size(sample.cell.length_tokens) > 1:
+            continue  # short prompts share forward passes instead
+        prompt = _built(builder, suite, sample)
+        num_tokens = len(prompt.input_ids)
+        num_shared = max(1 << ((num_tokens // _SHARED_PART).bit_length() - 1), _FEWEST_SHARED)
+        if num_tokens > num_shared:
+            head = hash_ids(prompt.input_ids[:num_shared]), prompt.max_new_tokens
+            groups.setdefault(head, []).append(sample)
+            longest = max(longest, num_tokens + prompt.max_new_tokens)
+    groups = {head: members for head, members in groups.items() if len(members) > 1}
+    reason = answerer.reason_against_sharing(longest) if groups else None
+    trunks = {} if reason else {sample.sample_id: group for group in groups.values() for sample in group}
+    units: list[list[Sample]] = []
+    for shares, neighbours in groupby(samples, key=lambda sample: sample.sample_id in trunks):
+        if not shares:
+            units += _batches(answerer, list(neighbours))
+            continue
+        for sample in neighbours:
+            group = trunks[sample.sample_id]
+            if sample is group[0]:
+                units.append(group)
+    return _Plan(units, set(trunks), reason)
+
+
+def _built(builder: PromptBuilder, suite: Suite, sample: Sample) -> Prompt:
+    """The sample's prompt; the answer's budget is the suite's where no task has its own, whoever made the builder."""
+    prompt = builder.build(sample)
+    return prompt if suite.tasks is not None else replace(prompt, max_new_tokens=suite.max_new_tokens)
 
 
 def _batches(answerer: Answerer, samples: list[Sample]) -> Iterator[list[Sample]]:
@@ -161,14 +163,65 @@ def _batches(answerer: Answerer, samples: list[Sample]) -> Iterator[list[Sample]
         yield from (alike[start : start + size] for start in range(0, len(alike), size))
 
 
+def _answered_unit(
+    answerer: Answerer, prompts: list[Prompt], suite: Suite, sharing: bool, too_long: int | None
+) -> Iterator[list[SampleResult]]:
+    """Results in portions that belong together; prompts from `too_long` tokens are not tried."""
+    if too_long is not None:
+        hopeless = [prompt for prompt in prompts if len(prompt.input_ids) >= too_long]
+        yield [_result(prompt, status="out_of_memory") for prompt in hopeless]
+        prompts = [prompt for prompt in prompts if len(prompt.input_ids) < too_long]
+    if not sharing:
+        yield _answered(answerer, prompts, suite)
+        return
+    done: set[str] = set()
+    for result in _answered_along_trunk(answerer, prompts, suite):
+        done.add(result.sample_id)
+        yield [result]
+    # What did not fit beside the others may fit alone.
+    for prompt in sorted(prompts, key=lambda prompt: len(prompt.input_ids)):
+        if prompt.sample.sample_id in done:
+            continue
+        if too_long is not None and len(prompt.input_ids) >= too_long:
+            yield [_result(prompt, status="out_of_memory")]
+            continue
+        results = _answered(answerer, [prompt], suite)
+        if results[0].status == "out_of_memory":
+            too_long = len(prompt.input_ids)
+        yield results
+
+
+def _answered_along_trunk(answerer: Answerer, prompts: list[Prompt], suite: Suite) -> Iterator[SampleResult]:
+    """Results in the order of the prompts' prefix tree, until all are there or the memory is full."""
+    if not prompts:
+        return
+    started = time.perf_counter()
+    with suppress(torch.OutOfMemoryError):
+        answers = answerer.answer_sharing(
+            [prompt.input_ids for prompt in prompts],
+            prompts[0].max_new_tokens,
+            measure_loss=suite.measure_loss,
+            hoped_for=_hoped_for(answerer, prompts),
+        )
+        for number, answer in answers:
+            seconds = time.perf_counter() - started
+            yield _scored(answerer, prompts[number], answer, suite, seconds)
+            started = time.perf_counter()
+
+
 def _answered(answerer: Answerer, prompts: list[Prompt], suite: Suite) -> list[SampleResult]:
     """Results of prompts of equal length; when they are too many for the memory together, one after the other."""
     if not prompts:
         return []
+    if len({prompt.max_new_tokens for prompt in prompts}) > 1:
+        return [result for prompt in prompts for result in _answered(answerer, [prompt], suite)]
     started = time.perf_counter()
     with suppress(torch.OutOfMemoryError):
         answers = answerer.answer_together(
-            [prompt.input_ids for prompt in prompts], suite.max_new_tokens, measure_loss=suite.measure_loss
+            [prompt.input_ids for prompt in prompts],
+            prompts[0].max_new_tokens,
+            measure_loss=suite.measure_loss,
+            hoped_for=_hoped_for(answerer, prompts),
         )
         seconds = (time.perf_counter() - started) / len(prompts)
         return [
@@ -179,14 +232,32 @@ def _answered(answerer: Answerer, prompts: list[Prompt], suite: Suite) -> list[S
     return [result for prompt in prompts for result in _answered(answerer, [prompt], suite)]
 
 
+def _hoped_for(answerer: Answerer, prompts: Sequence[Prompt]) -> list[list[int]]:
+    """The expected answers as the model would go on from the prompts; a guess, which decides nothing but the time."""
+    return [encode_plain(answerer.tokenizer, f" {', '.join(prompt.answers)}") for prompt in prompts]
+
+
+def _checked(answerer: Answerer, prompts: list[Prompt], results: list[SampleResult]) -> SelfCheck | None:
+    """The self-check of the first result that has an answer."""
+    for result in results:
+        if result.status == "ok":
+            prompt = next(prompt for prompt in prompts if prompt.sample.sample_id == result.sample_id)
+            return self_check(answerer, prompt, Answer(result.answer_ids, torch.empty(0)))
+    return None
+
+
 def _scored(answerer: Answerer, prompt: Prompt, answer: Answer, suite: Suite, seconds: float) -> SampleResult:
     text = answerer.tokenizer.decode(answer.ids, skip_special_tokens=True)
+    said = final_answer(text) if prompt.thinking else text
+    scores = score_all(said, prompt.answers, prompt.distractors, metric=prompt.metric)
+    metric, score = next(iter(scores.items()))
     return _result(
         prompt,
         answer=text,
         answer_ids=answer.ids,
-        score=number_match(text, prompt.needle.value),
-        metric=NUMBER_MATCH,
+        score=score,
+        scores=scores,
+        metric=metric,
         degenerate=degenerate_kind(text, answer.ids),
         loss_blocks=block_means(answer.losses, suite.loss_block_tokens) if suite.measure_loss else [],
         loss_block_tokens=suite.loss_block_tokens,
@@ -206,7 +277,10 @@ def _result(prompt: Prompt, status: str = "ok", **facts: Any) -> SampleResult:
         needle_position=prompt.needle_position,
         haystack_sha256=prompt.haystack_sha256,
         prompt_sha256=prompt.prompt_sha256,
-        key=prompt.needle.key,
-        expected=prompt.needle.value,
+        key=prompt.key,
+        expected=prompt.expected,
+        answers=list(prompt.answers),
+        spans=[[span.start, span.end, int(span.asked)] for span in prompt.spans],
+        facts=prompt.facts,
         **facts,
     )

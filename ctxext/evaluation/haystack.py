@@ -1,6 +1,7 @@
 """Haystacks: whole documents in a seeded order, one order a sample, never repeating inside one.
 
-A haystack of its own for every sample makes samples independent, which the intervals rely on.
+A haystack of its own for every sample makes samples independent, which the intervals rely on. The one exception is
+`noise`, RULER's five sentences over and over: what stands out of it is salient, so it tests saliency, not retrieval.
 """
 
 from __future__ import annotations
@@ -9,14 +10,47 @@ import importlib
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from ctxext.data import words
 from ctxext.errors import ArtefactError, UsageError, unknown_name
+from ctxext.evaluation.grid import Block
 from ctxext.files import canonical_json, sha256_bytes
 
 Encode = Callable[[str], list[int]]
 
 SEPARATOR = "\n\n"
+# RULER's noise (NVIDIA/RULER, scripts/data/synthetic/niah.py).
+NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+_TEXT_ENDINGS = (".txt", ".md", ".rst")
+
+
+class TextFiles(Block):
+    """Your own text: files, or folders whose .txt, .md and .rst files are taken in the order of their names."""
+
+    text: Annotated[list[str], Field(min_length=1)]
+
+
+class HubDataset(Block):
+    """A Hugging Face dataset (by hub name, or a local folder of data files); every row is a document.
+
+    Attributes:
+        rows: how many rows are read, from the first.
+    """
+
+    dataset: str
+    config: str | None = None
+    split: str = "train"
+    column: str = "text"
+    revision: str | None = None
+    rows: Annotated[int, Field(ge=1)] = 1000
+
+
+NamedHaystack = Literal["python-docs", "generated-words", "noise"]
+HaystackChoice = NamedHaystack | TextFiles | HubDataset
 
 
 @dataclass(frozen=True)
@@ -33,19 +67,35 @@ class Haystack:
     sha256: str
 
 
-def load_haystack(name: str) -> Haystack:
-    """The haystack `name`.
+# Generators of endless haystacks: (seed, number of the document) -> text, and what stands between documents.
+_GENERATED: dict[str, tuple[Callable[[str, int], str], str]] = {
+    "generated-words": (lambda seed, number: words.document(f"{seed}/{number}"), " "),
+    "noise": (lambda seed, number: NOISE, "\n"),
+}
+
+
+def load_haystack(choice: HaystackChoice | str) -> Haystack:
+    """The haystack of a name, of text files or of a dataset.
 
     Raises:
-        UsageError: unknown name.
-        ArtefactError: this Python was installed without its documentation topics.
+        UsageError: unknown name, or no such column.
+        ArtefactError: unreadable files or dataset, or a Python that was installed without its documentation topics.
     """
-    if name == "python-docs":
-        documents = _python_topics()
-        return Haystack(name, documents, sha256_bytes(canonical_json(list(documents)).encode()))
-    if name == "generated-words":
-        return Haystack(name, None, sha256_bytes(canonical_json(list(words.WORDS)).encode()))
-    raise unknown_name("haystack", name, ("python-docs", "generated-words"))
+    if isinstance(choice, TextFiles):
+        return _collected("text " + ", ".join(choice.text), _text_documents(choice.text))
+    if isinstance(choice, HubDataset):
+        return _collected(f"dataset {choice.dataset}", _dataset_documents(choice))
+    if choice == "python-docs":
+        return _collected(choice, _python_topics())
+    if choice == "generated-words":
+        return Haystack(choice, None, sha256_bytes(canonical_json(list(words.WORDS)).encode()))
+    if choice == "noise":
+        return Haystack(choice, None, sha256_bytes(NOISE.encode()))
+    raise unknown_name("haystack", choice, ("python-docs", "generated-words", "noise"))
+
+
+def _collected(name: str, documents: tuple[str, ...]) -> Haystack:
+    return Haystack(name, documents, sha256_bytes(canonical_json(list(documents)).encode()))
 
 
 def _python_topics() -> tuple[str, ...]:
@@ -60,6 +110,51 @@ def _python_topics() -> tuple[str, ...]:
     return tuple(topics[name].strip() for name in sorted(topics))
 
 
+def _text_documents(names: list[str]) -> tuple[str, ...]:
+    documents = []
+    for path in _text_paths(names):
+        try:
+            text = path.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ArtefactError(f"could not read the haystack file ({error})", where=str(path)) from error
+        if text:
+            documents.append(text)
+    if not documents:
+        raise ArtefactError("no text in the haystack's files", where=", ".join(names))
+    return tuple(documents)
+
+
+def _text_paths(names: list[str]) -> Iterator[Path]:
+    for name in names:
+        path = Path(name)
+        if path.is_dir():
+            yield from sorted(file for file in path.rglob("*") if file.suffix in _TEXT_ENDINGS and file.is_file())
+        else:
+            yield path
+
+
+def _dataset_documents(choice: HubDataset) -> tuple[str, ...]:
+    import datasets  # slow to import, and most suites need none
+
+    where = f"dataset {choice.dataset}"
+    try:
+        rows: Any = datasets.load_dataset(
+            choice.dataset, choice.config, split=choice.split, revision=choice.revision, streaming=True
+        )
+        columns, documents = set[str](), []
+        for row in rows.take(choice.rows):
+            columns |= set(row)
+            if isinstance(row.get(choice.column), str) and row[choice.column].strip():
+                documents.append(row[choice.column].strip())
+    except Exception as error:  # the library raises its own, the hub's, pyarrow's and the system's errors
+        raise ArtefactError(f"could not read the dataset ({error})", where=where) from error
+    if choice.column not in columns:
+        raise unknown_name("column", choice.column, columns, where=where)
+    if not documents:
+        raise ArtefactError(f"no text in column {choice.column}", where=where)
+    return tuple(documents)
+
+
 class HaystackReader:
     """Token ids of seeded document orders; every document is tokenised once.
 
@@ -70,7 +165,8 @@ class HaystackReader:
     def __init__(self, haystack: Haystack, encode: Encode) -> None:
         self.haystack = haystack
         self._encode = encode
-        self._separator = encode(SEPARATOR) if haystack.documents else encode(" ")
+        self._generate, between = _GENERATED.get(haystack.name, _GENERATED["generated-words"])
+        self._separator = encode(SEPARATOR if haystack.documents else between)
         self._encoded: dict[int, list[int]] = {}
 
     def tokens(self, seed: str, num_tokens: int) -> list[int]:
@@ -98,7 +194,7 @@ class HaystackReader:
         if self.haystack.documents is None:
             number = 0
             while True:
-                yield self._encode(words.document(f"{seed}/{number}"))
+                yield self._encode(self._generate(seed, number))
                 number += 1
         order = list(range(len(self.haystack.documents)))
         random.Random(seed).shuffle(order)

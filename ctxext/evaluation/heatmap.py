@@ -1,4 +1,5 @@
-"""Retrieval by position as a picture: rows are depths (0 at the top), columns are lengths, one panel an arm.
+"""Retrieval by position as a picture: rows are depths (0 at the top) or absolute token positions, columns are lengths,
+one panel an arm.
 
 Columns are categories, not a scale: 2K, 4K and 12K stand side by side, and the original and the target length are
 drawn between the columns where they belong; a column of exactly the original length is still inside. Arms of one
@@ -12,10 +13,11 @@ import io
 import itertools
 import math
 import textwrap
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 from matplotlib import colormaps
@@ -27,13 +29,16 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
 
 from ctxext.evaluation.conclusions import Arm
-from ctxext.evaluation.store import grid_of
+from ctxext.evaluation.store import SampleResult, grid_of
+
+RowsBy = Literal["depth", "position"]
 
 COLOR_MAP = "cividis"
 RECORDED_MARK = "recorded on another machine"
 _INK = "#1f2328"
 _MUTED = "#59636e"
 _BOUNDARY = "#c4320a"
+_MAX_POSITION_ROWS = 16
 _MAX_WIDTH_INCHES = 16.5
 _STYLE: Any = {
     "svg.hashsalt": "ctxext",
@@ -116,22 +121,52 @@ def cell_counts(arm: Arm) -> dict[tuple[int, float], CellCount]:
     return counts
 
 
+def position_counts(arm: Arm, row_tokens: int) -> dict[tuple[int, float], CellCount]:
+    """Counts by length and row of `row_tokens` absolute positions (named by its first), pooled over tasks."""
+    groups: defaultdict[tuple[int, float], list[SampleResult]] = defaultdict(list)
+    for sample in arm.samples:
+        groups[sample.length_tokens, float(sample.needle_position // row_tokens * row_tokens)].append(sample)
+    return {
+        place: CellCount(
+            sum(s.status == "ok" and s.score >= 1.0 for s in members),
+            sum(s.status == "ok" for s in members),
+            sum(s.status != "ok" for s in members),
+        )
+        for place, members in groups.items()
+    }
+
+
+def position_rows(longest: int) -> list[float]:
+    """First positions of 8 to 16 rows of equal height, a power of two of tokens each, up to the longest length."""
+    row_tokens = 2 ** max(0, math.ceil(math.log2(max(longest, 1) / _MAX_POSITION_ROWS)))
+    return [float(start) for start in range(0, max(longest, 1), row_tokens)]
+
+
 def heatmap(
-    arms: Sequence[Arm], *, original_length: int, target_length: int, alike: Sequence[Arm] | None = None
+    arms: Sequence[Arm],
+    *,
+    original_length: int,
+    target_length: int,
+    alike: Sequence[Arm] | None = None,
+    rows_by: RowsBy = "depth",
 ) -> Picture:
     """Draw one arm, or several side by side with one colour bar.
 
     Args:
         alike: arms whose rows and columns count too, so that pictures of single arms have equal grids.
+        rows_by: `depth`, or `position`: the needle's absolute token index, in rows of equal height. Needles of several
+            depths that fall into one row are counted together, and a row beyond a length stays empty.
 
     Raises:
         ValueError: no arms.
     """
     if not arms:
         raise ValueError("no arms to draw")
-    grids = {arm.recorded: _grid([a for a in [*arms, *(alike or ())] if a.recorded == arm.recorded]) for arm in arms}
+    grids = {
+        arm.recorded: _grid([a for a in [*arms, *(alike or ())] if a.recorded == arm.recorded], rows_by) for arm in arms
+    }
     width = max(_panel_width(len(lengths)) for lengths, _ in grids.values())
-    height = max(1.9 + 0.5 * len(depths) for _, depths in grids.values())
+    height = max(1.9 + (0.5 if rows_by == "depth" else 0.36) * len(places) for _, places in grids.values())
     rows = _rows(arms, max(1, int(_MAX_WIDTH_INCHES // width)))
     num_columns = max(len(row) for row in rows)
     with drawing_style():
@@ -143,8 +178,8 @@ def heatmap(
                 if arm is None:
                     axis.set_axis_off()
                     continue
-                lengths, depths = grids[arm.recorded]
-                _draw_panel(axis, arm, lengths, depths, width)
+                lengths, places = grids[arm.recorded]
+                _draw_panel(axis, arm, lengths, places, width, rows_by)
                 draw_boundaries(axis, lengths, original_length, target_length)
         scale = ScalarMappable(Normalize(0.0, 1.0), COLOR_MAP)
         bar = figure.colorbar(scale, ax=axes, label="share of right answers", aspect=20 * len(rows), pad=0.02)
@@ -183,9 +218,12 @@ def draw_boundary(axis: Axes, x: float, label: str, *, dashed: bool) -> None:
     )
 
 
-def _grid(arms: Sequence[Arm]) -> tuple[list[int], list[float]]:
+def _grid(arms: Sequence[Arm], rows_by: RowsBy) -> tuple[list[int], list[float]]:
     samples = [sample for arm in arms for sample in arm.samples]
-    return sorted({s.length_tokens for s in samples}), sorted({s.depth for s in samples})
+    lengths = sorted({s.length_tokens for s in samples})
+    if rows_by == "position":
+        return lengths, position_rows(max(lengths, default=0))
+    return lengths, sorted({s.depth for s in samples})
 
 
 def _rows(arms: Sequence[Arm], capacity: int) -> list[list[Arm]]:
@@ -209,22 +247,28 @@ def _panel_width(num_lengths: int) -> float:
     return max(3.5, 0.9 + max(0.5, min(0.75, 7.0 / max(num_lengths, 1))) * num_lengths)
 
 
-def _draw_panel(axis: Axes, arm: Arm, lengths: list[int], depths: list[float], width: float) -> None:
-    counts = cell_counts(arm)
+def _draw_panel(axis: Axes, arm: Arm, lengths: list[int], places: list[float], width: float, rows_by: RowsBy) -> None:
+    by_depth = rows_by == "depth"
+    row_tokens = int(places[1]) if len(places) > 1 else max(lengths, default=1)
+    counts = cell_counts(arm) if by_depth else position_counts(arm, row_tokens)
     hatched = False
     for column, length in enumerate(lengths):
-        for row, depth in enumerate(depths):
-            count = counts.get((length, depth), CellCount(0, 0, 0))
+        for row, place in enumerate(places):
+            if not by_depth and place >= length:
+                continue
+            count = counts.get((length, place), CellCount(0, 0, 0))
             _draw_cell(axis, column, row, count)
             hatched = hatched or count.num_scored == 0
     axis.set_xlim(-0.5, max(len(lengths), 1) - 0.5)
-    axis.set_ylim(max(len(depths), 1) - 0.5, -0.5)
+    axis.set_ylim(max(len(places), 1) - 0.5, -0.5)
     axis.set_xticks(range(len(lengths)), [length_label(length) for length in lengths])
-    axis.set_yticks(range(len(depths)), [f"{depth:g}" for depth in depths])
+    axis.set_yticks(
+        range(len(places)), [f"{place:g}" if by_depth else f"from {length_label(int(place))}" for place in places]
+    )
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
     axis.set_xlabel("context length (tokens)" + ("\nhatched: no scored sample" if hatched else ""))
-    axis.set_ylabel("depth of the needle (0 = start)")
+    axis.set_ylabel("depth of the needle (0 = start)" if by_depth else "position of the needle (token index)")
     _draw_title(axis, arm, width)
 
 

@@ -23,7 +23,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ctxext.evaluation.conclusions import Arm, Statement, arms_by_origin, draw_conclusions, table_rows
-from ctxext.evaluation.curves import accuracy_by_length, loss_by_position
+from ctxext.evaluation.curves import accuracy_by_depth, accuracy_by_length, loss_by_position
 from ctxext.evaluation.heatmap import RECORDED_MARK, Picture, heatmap, length_label
 from ctxext.evaluation.statistics import Proportion
 from ctxext.evaluation.store import SampleResult, grid_of
@@ -184,7 +184,12 @@ def picture_name(arm: Arm) -> str:
 
 
 def _statements(facts: ReportFacts, arms: Sequence[Arm]) -> list[Statement]:
-    return draw_conclusions(arms, original_length=facts.original_length, target_length=facts.target_length)
+    return draw_conclusions(
+        arms,
+        original_length=facts.original_length,
+        target_length=facts.target_length,
+        answer_tokens=facts.suite.get("max_new_tokens") or 0,
+    )
 
 
 def _pictures(facts: ReportFacts, arms: Sequence[Arm]) -> dict[str, Picture]:
@@ -195,6 +200,7 @@ def _pictures(facts: ReportFacts, arms: Sequence[Arm]) -> dict[str, Picture]:
     pictures["heatmaps"] = heatmap(arms, original_length=original, target_length=target)
     pictures["loss_by_position"] = loss_by_position(arms, original_length=original, target_length=target)
     pictures["accuracy_by_length"] = accuracy_by_length(arms, original_length=original, target_length=target)
+    pictures["accuracy_by_depth"] = accuracy_by_depth(arms, original_length=original)
     return pictures
 
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-from ctxext.data.boundaries import encode_plain
 from ctxext.evaluation.engine import Answerer, evaluate_samples
-from ctxext.evaluation.haystack import HaystackReader, load_haystack
-from ctxext.evaluation.prompt import PromptBuilder
-from ctxext.evaluation.scoring import NUMBER_MATCH
+from ctxext.evaluation.prompt import prompt_identity, suite_builder
 from ctxext.evaluation.store import SampleResult, SampleStore
 from ctxext.evaluation.suite import Sample, Suite, resolve_samples
+from ctxext.files import write_json_atomic
 from ctxext.rope.families import text_config
 
 
@@ -23,17 +22,13 @@ class EvaluationReporter(Protocol):
     def evaluation(self, title: str, samples: list[Sample]) -> AbstractContextManager[Callable[[SampleResult], None]]:
         """Yields the function to call with every finished sample."""
 
+    def info(self, message: str) -> None:
+        """One line for people."""
+
 
 def suite_identity(suite: Suite) -> dict[str, Any]:
     """What of a suite determines the answers. The grid does not: a wider grid reuses the samples it shares."""
-    return {
-        "wording": suite.wording,
-        "haystack": suite.haystack,
-        "haystack_sha256": load_haystack(suite.haystack).sha256,
-        "seed": suite.seed,
-        "max_new_tokens": suite.max_new_tokens,
-        "metric": NUMBER_MATCH,
-    }
+    return prompt_identity(suite)
 
 
 def evaluation_identity(suite: Suite, model: Any, weights: dict[str, Any]) -> dict[str, Any]:
@@ -72,8 +67,7 @@ def evaluate_arm(
         UsageError: a length that the haystack or the task cannot serve.
     """
     samples = resolve_samples(suite, original_length, target_length)
-    reader = HaystackReader(load_haystack(suite.haystack), lambda text: encode_plain(tokenizer, text))
-    builder = PromptBuilder(tokenizer, reader, suite.wording, suite.seed)
+    builder = suite_builder(suite, tokenizer)
     store = SampleStore(folder, evaluation_identity(suite, model, weights), facts)
     with reporter.evaluation(title, samples) as on_sample:
 
@@ -81,6 +75,12 @@ def evaluate_arm(
             on_sample(result)
             check_stop()
 
-        evaluate_samples(Answerer(model, tokenizer), builder, suite, samples, store, finished)
+        report = evaluate_samples(Answerer(model, tokenizer), builder, suite, samples, store, finished)
+    if report.self_check is not None:
+        write_json_atomic(folder / "engine.json", asdict(report))
+        reporter.info(report.self_check.summary())
+        reporter.info(f"attention kernels: {', '.join(report.kernels) or 'plain matrix products'}")
+        if report.plain_reason:
+            reporter.info(f"prompts that begin alike were answered one by one: {report.plain_reason}")
     wanted = {sample.sample_id for sample in samples}
     return [result for result in store.results.values() if result.sample_id in wanted]

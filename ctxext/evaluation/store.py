@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ctxext.errors import ArtefactError
-from ctxext.evaluation.statistics import Proportion, wilson
+from ctxext.evaluation.clusters import cluster_of
+from ctxext.evaluation.statistics import Proportion, clustered_wilson
 from ctxext.evaluation.suite import Cell
 from ctxext.files import append_json_line, fingerprint, read_json, read_json_lines, write_json_atomic
 
@@ -28,6 +29,10 @@ class SampleResult:
         degenerate: `empty`, `repeating` or None.
         loss_blocks: mean next-token loss (nats) of each block of `loss_block_tokens` prompt positions.
         seconds: wall time; of prompts that were answered together, an equal share each.
+        answers: the expected answers one by one; `expected` joins them.
+        scores: of the deciding metric and those reported beside it.
+        spans: token ranges [start, end, 1 when asked about] of everything that was placed into the prompt.
+        facts: what else the task recorded.
     """
 
     sample_id: str
@@ -49,6 +54,10 @@ class SampleResult:
     loss_blocks: list[float] = field(default_factory=list)
     loss_block_tokens: int = 0
     seconds: float = 0.0
+    answers: list[str] = field(default_factory=list)
+    scores: dict[str, float] = field(default_factory=dict)
+    spans: list[list[int]] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
 
     @property
     def cell(self) -> Cell:
@@ -150,20 +159,23 @@ def by_length(samples: list[SampleResult]) -> dict[int, Proportion]:
     for length in sorted({sample.length_tokens for sample in samples}):
         scored = [s for s in samples if s.length_tokens == length and s.status == "ok"]
         if scored:
-            pooled[length] = wilson(sum(s.score >= 1.0 for s in scored), len(scored))
+            pooled[length] = _share_right(scored)
     return pooled
 
 
 def _cell_result(cell: Cell, members: list[SampleResult]) -> CellResult:
     scored = [sample for sample in members if sample.status == "ok"]
-    right = sum(sample.score >= 1.0 for sample in scored)
     return CellResult(
         cell=cell,
         num_samples=len(scored),
         num_missing=len(members) - len(scored),
         num_degenerate=sum(sample.degenerate is not None for sample in scored),
-        proportion=wilson(right, len(scored)) if scored else None,
+        proportion=_share_right(scored) if scored else None,
     )
+
+
+def _share_right(scored: list[SampleResult]) -> Proportion:
+    return clustered_wilson([sample.score >= 1.0 for sample in scored], [cluster_of(sample) for sample in scored])
 
 
 def results_of(samples: list[SampleResult]) -> dict[str, Any]:

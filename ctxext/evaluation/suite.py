@@ -2,61 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from ctxext.errors import RecipeError
+from ctxext.evaluation.grid import Block, GridRow, RelativeLength
+from ctxext.evaluation.haystack import HaystackChoice
+from ctxext.evaluation.tasks.base import SPREAD_DEPTH, Task
+from ctxext.evaluation.tasks.needle import NeedleTask
+from ctxext.evaluation.tasks.registry import AnyTask
 from ctxext.recipe.load import apply_overrides, find_shipped, read_document, validate_document
 
-Depth = Annotated[float, Field(ge=0.0, le=1.0)]
+__all__ = ["Cell", "GridRow", "RelativeLength", "Sample", "Suite", "load_suite", "resolve_samples"]
+
+# Keys that stored suites do not have; left out where they say nothing, so that today's suites read as they always did.
+_LATER = ("tasks", "haystacks", "question_first", "answer_prefix", "apply_chat_template", "thinking")
 
 
-class _Block(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class RelativeLength(_Block):
-    """A length as a share of the model's target or original length; the answer's tokens fit inside as well."""
-
-    target: Annotated[float, Field(gt=0, le=1)] | None = None
-    original: Annotated[float, Field(gt=0, le=1)] | None = None
-
-    @model_validator(mode="after")
-    def _exactly_one(self) -> RelativeLength:
-        if (self.target is None) == (self.original is None):
-            raise ValueError("a relative length has exactly one of target and original")
-        return self
-
-    def tokens(self, original_length: int, target_length: int, max_new_tokens: int) -> int:
-        """Prompt tokens such that prompt and answer together reach the share."""
-        whole = self.target * target_length if self.target is not None else (self.original or 0.0) * original_length
-        return int(whole) - max_new_tokens
-
-
-class GridRow(_Block):
-    """One length with its depths.
+class Suite(Block):
+    """Tasks over a grid of lengths and depths.
 
     Attributes:
-        length: prompt tokens, or `{target: 0.75}` / `{original: 0.5}` of the model's lengths.
-        depths: 0 (start) to 1 (end of the context).
-        samples: independent prompts a cell.
-    """
-
-    length: Annotated[int, Field(ge=32)] | RelativeLength
-    depths: Annotated[list[Depth], Field(min_length=1)]
-    samples: Annotated[int, Field(ge=1)]
-
-
-class Suite(_Block):
-    """A needle grid.
-
-    Attributes:
-        task: `needle`.
+        task: `needle`, for a suite of the one task; its wording and answer tokens are the suite's.
+        tasks: several tasks with options of their own, instead.
         wording: `ruler` (RULER's single needle, seven digits) or `passkey` (five digits).
-        haystack: `python-docs` (documentation topics of this Python) or `generated-words`.
+        haystack: `python-docs` (documentation topics of this Python), `generated-words`, `noise` (RULER's repeated
+            sentences: saliency, not retrieval), `{text: [files]}` or `{dataset: name}`.
+        haystacks: `own` for every sample (independent), `paired` (samples of equal index share haystack and needle over
+            all depths, for comparisons between depths) or `shared` (one haystack a length, for speed).
+        question_first: the question stands before the text instead of behind it.
+        answer_prefix: whether the prompt begins the answer, as RULER does; base models need it.
+        apply_chat_template: the prompt is a user's turn in the tokenizer's chat template.
+        thinking: asked of templates that know `enable_thinking`; then only what follows the thoughts is scored.
         seed: of every haystack, key and value; samples with equal seed and place are equal in all suites.
         loss_block_tokens: width of the blocks in which the loss by position is stored.
         measure_loss: false leaves the loss by position out; with a vocabulary of 262,144 it costs as much as the rest.
@@ -64,13 +44,65 @@ class Suite(_Block):
 
     description: str
     task: Literal["needle"] = "needle"
+    tasks: Annotated[list[AnyTask], Field(min_length=1)] | None = None
     wording: Literal["ruler", "passkey"] = "ruler"
-    haystack: Literal["python-docs", "generated-words"] = "python-docs"
+    haystack: HaystackChoice = "python-docs"
+    haystacks: Literal["own", "paired", "shared"] = "own"
+    question_first: bool = False
+    answer_prefix: bool = True
+    apply_chat_template: bool = False
+    thinking: bool = False
     grid: Annotated[list[GridRow], Field(min_length=1)]
-    max_new_tokens: Annotated[int, Field(ge=1, le=512)] = 16
+    max_new_tokens: Annotated[int, Field(ge=1, le=8192)] = 16
     loss_block_tokens: Annotated[int, Field(ge=1)] = 256
     measure_loss: bool = True
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Suite:
+        problems = []
+        if self.tasks is not None:
+            if self.wording != "ruler" or self.max_new_tokens != 16:
+                problems.append("with tasks, wording and max_new_tokens belong to each task")
+            names = [task.cell_name for task in self.tasks]
+            doubled = sorted({name for name in names if names.count(name) > 1})
+            if doubled:
+                problems.append(f"two tasks have the name {doubled[0]}; give one of them another `name`")
+        if self.thinking and not self.apply_chat_template:
+            problems.append("thinking needs apply_chat_template: true")
+        if not self.answer_prefix and not self.apply_chat_template:
+            problems.append("answer_prefix: false needs apply_chat_template: true")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_later_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = handler(self)
+        for key in _LATER:
+            if key in values and getattr(self, key) == type(self).model_fields[key].default:
+                del values[key]
+        return values
+
+    @property
+    def members(self) -> list[Task]:
+        """The tasks, whether given as a list or as the single needle."""
+        if self.tasks is not None:
+            return list(self.tasks)
+        return [NeedleTask(task=self.task, wording=self.wording, max_new_tokens=self.max_new_tokens)]
+
+    @property
+    def num_answer_tokens(self) -> int:
+        """The longest answer of any task; every task has the same prompt lengths, so all fit."""
+        return max(task.num_answer_tokens for task in self.members)
+
+    def member(self, cell_name: str) -> Task:
+        """The task of a cell.
+
+        Raises:
+            KeyError: no such task.
+        """
+        return next(iter([task for task in self.members if task.cell_name == cell_name]))
 
 
 @dataclass(frozen=True, order=True)
@@ -109,23 +141,31 @@ def load_suite(name: str, overrides: Sequence[str] = ()) -> Suite:
 def resolve_samples(suite: Suite, original_length: int, target_length: int) -> list[Sample]:
     """All samples, one of every cell before the second of any, short lengths first: early results cover the grid.
 
+    A task whose evidence lies all over the text has one cell a length, at depth 0.5, with the samples of all depths.
+
     Raises:
         RecipeError: two rows give the same cell.
     """
-    rows: list[tuple[int, float, int]] = []
-    for row in suite.grid:
+    cells: dict[Cell, int] = {}
+    order: dict[str, int] = {}
+    for number, task in enumerate(suite.members):
+        order[task.cell_name] = number
+        for cell, samples in _task_cells(suite, task, original_length, target_length):
+            if cell in cells and not task.spread:
+                raise RecipeError(
+                    "suite",
+                    [f"suite: grid: the cell length {cell.length_tokens}, depth {cell.depth:g} is given twice"],
+                )
+            cells[cell] = cells.get(cell, 0) + samples
+    ranked = sorted(cells, key=lambda cell: (cell.length_tokens, cell.depth, order[cell.task]))
+    return [Sample(cell, index) for index in range(max(cells.values())) for cell in ranked if index < cells[cell]]
+
+
+def _task_cells(suite: Suite, task: Task, original_length: int, target_length: int) -> Iterator[tuple[Cell, int]]:
+    """Cells of one task with their numbers of samples, as the grid gives them."""
+    for row in task.grid or suite.grid:
         length = row.length
         if isinstance(length, RelativeLength):
-            length = length.tokens(original_length, target_length, suite.max_new_tokens)
-        rows += [(length, depth, row.samples) for depth in row.depths]
-    cells = [(length, depth) for length, depth, _ in rows]
-    if len(set(cells)) != len(cells):
-        doubled = next(cell for cell in cells if cells.count(cell) > 1)
-        raise RecipeError("suite", [f"suite: grid: the cell length {doubled[0]}, depth {doubled[1]:g} is given twice"])
-    rounds = max(samples for _, _, samples in rows)
-    return [
-        Sample(Cell(suite.task, length, depth), index)
-        for index in range(rounds)
-        for length, depth, samples in sorted(rows)
-        if index < samples
-    ]
+            length = length.tokens(original_length, target_length, suite.num_answer_tokens)
+        for depth in row.depths:
+            yield Cell(task.cell_name, length, SPREAD_DEPTH if task.spread else depth), row.samples

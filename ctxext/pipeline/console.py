@@ -210,18 +210,26 @@ class _Board:
 
     def table(self) -> Table:
         lengths = sorted({cell.length_tokens for cell in self._wanted})
-        depths = sorted({cell.depth for cell in self._wanted})
+        rows = sorted({(cell.task, cell.depth) for cell in self._wanted})
+        several = len({task for task, _ in rows}) > 1
         table = Table(box=None, padding=(0, 1))
+        if several:
+            table.add_column("task")
         table.add_column("depth")
         for length in lengths:
             table.add_column(f"{length}", justify="right")
-        for depth in depths:
-            table.add_row(f"{depth:.2f}", *(self._cell(length, depth) for length in lengths))
+        for task, depth in rows:
+            name = [task] if several else []
+            table.add_row(*name, f"{depth:.2f}", *(self._cell(Cell(task, length, depth)) for length in lengths))
         return table
 
-    def _cell(self, length: int, depth: float) -> Text:
-        members = [r for r in self._results.values() if r.length_tokens == length and r.depth == depth]
-        wanted = next((n for cell, n in self._wanted.items() if (cell.length_tokens, cell.depth) == (length, depth)), 0)
+    def _cell(self, cell: Cell) -> Text:
+        members = [
+            r
+            for r in self._results.values()
+            if (r.task, r.length_tokens, r.depth) == (cell.task, cell.length_tokens, cell.depth)
+        ]
+        wanted = self._wanted.get(cell, 0)
         if not wanted:
             return Text("")
         if not members:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from ctxext.evaluation.report import ReportFacts, write_report
 from ctxext.evaluation.run import evaluate_arm
 from ctxext.evaluation.store import load_samples
 from ctxext.evaluation.suite import Suite, load_suite, resolve_samples
+from ctxext.evaluation.tables import score_of
 from ctxext.files import read_json, write_json_atomic
 from ctxext.model.load import (
     ModelSource,
@@ -99,8 +100,28 @@ def evaluate_model(
         environment=environment,
     )
     write_json_atomic(folder / FACTS_NAME, asdict(facts))
-    facts, arms = gather_evaluation(folder)
-    return write_report(folder / "report", facts, arms)
+    return report_evaluation(folder, reporter)
+
+
+def report_evaluation(folder: Path, reporter: Reporter) -> Path:
+    """Draw everything again and return the page; for several tasks, which have a page each, their folder.
+
+    Raises:
+        ArtefactError: no such folder.
+    """
+    facts, (arm,) = gather_evaluation(folder)
+    tasks = sorted({sample.task for sample in arm.samples})
+    if len(tasks) == 1:
+        return write_report(folder / "report", facts, [arm])
+    for task in tasks:
+        samples = [sample for sample in arm.samples if sample.task == task]
+        lengths = sorted({sample.length_tokens for sample in samples})
+        scores = [(length, score_of(s for s in samples if s.length_tokens == length)) for length in lengths]
+        text = ", ".join(f"{score.text()} at {length:,}" for length, score in scores if score is not None)
+        reporter.info(f"{task}: {text or 'no scored sample'}")
+        title = f"{facts.title}: {task}"
+        write_report(folder / "report" / task, replace(facts, title=title), [replace(arm, samples=samples)])
+    return folder / "report"
 
 
 def gather_evaluation(folder: Path) -> tuple[ReportFacts, list[Arm]]:
@@ -124,10 +145,10 @@ def _require_reach(suite: Suite, original_length: int, reach: int, model: str) -
         UsageError: the longest one does.
     """
     longest = max(sample.cell.length_tokens for sample in resolve_samples(suite, original_length, reach))
-    if longest + suite.max_new_tokens > reach:
+    if longest + suite.num_answer_tokens > reach:
         raise UsageError(
-            f"the suite's longest prompt and its answer take {longest + suite.max_new_tokens:,} positions "
-            f"({longest:,} + {suite.max_new_tokens})",
+            f"the suite's longest prompt and its answer take {longest + suite.num_answer_tokens:,} positions "
+            f"({longest:,} + {suite.num_answer_tokens})",
             where=model,
             expected=f"at most {reach:,}, which this model reaches",
             hint="Use shorter lengths, extend the model, or give --beyond-reach to see it fail there.",

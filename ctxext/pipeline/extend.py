@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ctxext.data.packing import WindowBuilder
 from ctxext.data.tokenize import TokenStream, collect_tokens
 from ctxext.errors import CtxextError, InterruptedRunError, exit_code_of
+from ctxext.evaluation.gates import check_gates, gate_error
 from ctxext.evaluation.run import evaluate_arm, suite_identity
 from ctxext.evaluation.store import load_samples
 from ctxext.evaluation.suite import resolve_samples
 from ctxext.export.card import is_edited, write_card
 from ctxext.export.merge import read_back, write_merged
-from ctxext.files import read_json, require_free_space, verify_manifest
+from ctxext.files import read_json, require_free_space, verify_manifest, write_json_atomic
 from ctxext.model.load import (
     ModelSource,
     choose_device,
@@ -35,7 +36,7 @@ from ctxext.model.load import (
     resolve_source,
     short_name,
 )
-from ctxext.pipeline.report import report_run
+from ctxext.pipeline.report import gather, report_run
 from ctxext.pipeline.reporter import Reporter
 from ctxext.pipeline.run_folder import RunFolder, environment_facts
 from ctxext.planning.cost import estimated_seconds, measured_flops_per_second
@@ -158,6 +159,8 @@ def _run_stages(job: _Job, last_stage: str) -> None:
         with _timed(job, name):
             action(job)
         job.stop.check("everything finished so far is saved")
+    if last_stage != "train":
+        _check_gates(job)
 
 
 @contextmanager
@@ -334,3 +337,18 @@ def _report(job: _Job) -> None:
         job.reporter.info("the model card was edited by hand and is kept; `ctxext card RUN --replace` writes it anew")
     else:
         job.reporter.info(f"model card: {write_card(job.run.path)}")
+
+
+def _check_gates(job: _Job) -> None:
+    """Raise what ends the run with exit code 6; everything that was made stays."""
+    gates = job.recipe.evaluation.gates
+    if gates is None or not job.is_main:
+        return
+    facts, arms = gather(job.run, job.recipe)
+    answer_tokens = facts.suite.get("max_new_tokens") or 0
+    outcomes = check_gates(gates, arms, original_length=facts.original_length, answer_tokens=answer_tokens)
+    write_json_atomic(job.run.path / "gates.json", [asdict(outcome) for outcome in outcomes])
+    for outcome in outcomes:
+        job.reporter.info(outcome.sentence)
+    if error := gate_error(outcomes):
+        raise error

@@ -7,10 +7,10 @@ from pathlib import Path
 from rich.console import Console
 
 from ctxext.errors import UsageError
-from ctxext.evaluation.report import terminal_table, write_report
+from ctxext.evaluation.report import terminal_table
 from ctxext.files import format_bytes
 from ctxext.pipeline.console import ConsoleReporter, duration
-from ctxext.pipeline.evaluate import FACTS_NAME, gather_evaluation
+from ctxext.pipeline.evaluate import FACTS_NAME, gather_evaluation, report_evaluation
 from ctxext.pipeline.extend import estimated_run_seconds, output_folder
 from ctxext.pipeline.report import gather, record_baseline, report_run
 from ctxext.pipeline.run_folder import RunFolder, peak_memory_bytes
@@ -48,7 +48,10 @@ def print_report(reporter: ConsoleReporter, folder: Path, record: Path | None, *
         if record is not None:
             raise UsageError("only a run can be recorded, not a single evaluation", where=str(folder))
         facts, arms = gather_evaluation(folder)
-        page = write_report(folder / "report", facts, arms)
+        page = report_evaluation(folder, reporter)
+        if len({sample.task for sample in arms[0].samples}) > 1:
+            reporter.console.print(f"Reports: {page}", markup=False, soft_wrap=True)
+            return
     else:
         page = report_run(run)
         facts, arms = gather(run, run.recipe())

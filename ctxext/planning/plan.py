@@ -244,9 +244,16 @@ def suite_check(values: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:
     name = evaluation.get("suite") if isinstance(evaluation, dict) else None
     if isinstance(name, str):
         try:
-            load_suite(name)
+            suite = load_suite(name)
         except CtxextError as error:
             yield ("evaluation", "suite"), str(error)
+            return
+        if len(suite.members) > 1:
+            # Its report and conclusions are about one grid; several would be pooled into a number that means nothing.
+            yield (
+                ("evaluation", "suite"),
+                f"'{name}' has {len(suite.members)} tasks; a run's suite has one, others are for `ctxext eval`",
+            )
 
 
 def suite_of(plan: Plan) -> Suite:

@@ -358,8 +358,8 @@ def _accepted_keys(schema: type[BaseModel], location: KeyPath) -> list[str]:
                 following.append(candidate)
             else:
                 # A union's tag: narrow to the branch that has it as the value of its discriminator.
-                method = candidate.model_fields.get("method")
-                if method is not None and part in get_args(method.annotation):
+                tags = [candidate.model_fields[name] for name in ("method", "task") if name in candidate.model_fields]
+                if any(part in get_args(tag.annotation) for tag in tags):
                     following.append(candidate)
         candidates = following or candidates
     return sorted({name for candidate in candidates for name in candidate.model_fields})

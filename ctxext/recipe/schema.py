@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from ctxext.recipe.gates import GatesBlock
 from ctxext.rope.methods import AnyRopeMethod, Yarn
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -175,6 +176,7 @@ class EvaluationBlock(_Block):
         untrained: also evaluate the extended model before training.
         control: also train and evaluate the control arm (the same job without the RoPE rewrite).
         recorded: name of a recorded baseline under evals/baselines that the report shows beside this run.
+        gates: what the extended arm must reach; the run ends with exit code 6 when it does not.
     """
 
     suite: str = "quick"
@@ -182,6 +184,22 @@ class EvaluationBlock(_Block):
     untrained: bool = False
     control: bool = False
     recorded: str | None = None
+    gates: GatesBlock | None = None
+
+    @model_validator(mode="after")
+    def _gates_can_be_judged(self) -> EvaluationBlock:
+        if self.gates is None:
+            return self
+        arms = {"base": self.before, "untrained": self.untrained, "control": self.control}
+        rival = self.gates.better_than
+        if rival is not None and not arms.get(rival, False):
+            evaluated = ", ".join(name for name, asked in arms.items() if asked) or "none"
+            raise ValueError(
+                f"gates.better_than: {rival} is no arm that this recipe evaluates (it evaluates: {evaluated})"
+            )
+        if self.gates.short_context_cost is not None and not self.before:
+            raise ValueError("gates.short_context_cost compares with the base model; leave evaluation.before on")
+        return self
 
 
 class Recipe(_Block):

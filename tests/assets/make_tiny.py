@@ -193,7 +193,7 @@ def accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, cell: 
     for index in range(num_samples):
         prompt = builder.build(Sample(cell, index))
         ids = answerer.answer(prompt.input_ids, ANSWER_TOKENS).ids
-        scores.append(number_match(str(tokenizer.decode(ids)), prompt.needle.value))
+        scores.append(number_match(str(tokenizer.decode(ids)), prompt.expected))
     return float(np.mean(scores))
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from known_answers import arm as known_arm
+from known_answers import grid, limited, oracle, tail_blind
 
 from ctxext.evaluation.conclusions import (
     LOSS_MARGIN_NATS,
@@ -10,6 +12,7 @@ from ctxext.evaluation.conclusions import (
     ArmName,
     Statement,
     block_spans,
+    coverage_sentence,
     draw_conclusions,
     mean_loss,
     table_rows,
@@ -155,6 +158,20 @@ def test_shared_haystacks_are_called_dependent() -> None:
     ]
     (claim,) = statements(pairs, "extension")  # type: ignore[arg-type]
     assert "1 haystack for 6 prompts, which are therefore not independent" in claim.sentence
+    assert (claim.verdict, claim.numbers["test"], claim.numbers["p_value"]) == ("not shown", "sign flip", 1.0)
+    assert claim.numbers["mcnemar_p"] is None
+    assert "a verdict needs 6" in claim.sentence
+
+
+def test_six_haystacks_on_one_side_show_extension_although_their_prompts_are_dependent() -> None:
+    pairs = [
+        Arm(name, name, False, [sample(4096, i, right, haystack=f"hay {i % 6}") for i in range(12)], {})
+        for name, right in (("control", False), ("extended", True))
+    ]
+    (claim,) = statements(pairs, "extension")  # type: ignore[arg-type]
+    assert (claim.verdict, claim.numbers["p_value"]) == ("shown", pytest.approx(2 * 0.5**6))
+    assert "12 of 12 in 6 clusters" in claim.sentence
+    assert claim.numbers["extended"]["num_effective"] == 6.0
 
 
 def test_inside_the_original_length_each_effect_is_reported_by_itself() -> None:
@@ -203,6 +220,39 @@ def test_degenerate_answers_are_counted_beyond_the_original_length_only() -> Non
 def test_an_unmeasured_stretch_up_to_the_target_is_admitted() -> None:
     assert "the longest scored prompt has 2,048" in statements([arm("base", {2048: "1"})], "coverage")[0].sentence
     assert not statements([arm("base", {4096: "1"})], "coverage")
+
+
+def test_room_for_the_answer_belongs_to_the_measured_length() -> None:
+    almost = [arm("base", {4080: "1"})]
+    assert "nothing is claimed beyond it" in statements(almost, "coverage")[0].sentence
+    drawn = draw_conclusions(almost, original_length=ORIGINAL, target_length=TARGET, answer_tokens=16)
+    assert not [statement for statement in drawn if statement.topic == "coverage"]
+    assert coverage_sentence(4080, TARGET, 16) is None
+    assert coverage_sentence(2048, TARGET) == (
+        "The longest prompt has 2,048 of the 4,096 tokens of the target length, so nothing is claimed beyond 2,048 "
+        "tokens."
+    )
+
+
+def test_effective_length_and_tail_are_stated_for_every_arm() -> None:
+    arms = [known_arm("base", grid(limited(1024))), known_arm("extended", grid(tail_blind, shared=True))]
+    absolute, relative = statements(arms, "effective_length")
+    assert "base 1,024 tokens (2,048 fails), by the lower 95% bound 1,024 tokens (2,048 fails)" in absolute.sentence
+    assert "extended below 1,024 tokens (shortest tested)" in absolute.sentence
+    assert absolute.numbers["arms"][0]["estimate_tokens"] == 1024
+    assert "extended >= 4,096 tokens (longest tested)" in relative.sentence
+    (tail,) = statements(arms, "tail")
+    assert "extended -1.00" in tail.sentence
+    assert [entry["num_pairs"] for entry in tail.numbers["arms"]] == [0, 5]
+
+
+def test_prompts_of_several_tasks_are_said_to_be_pooled() -> None:
+    arms = [
+        known_arm(name, [*grid(answers, [4096]), *grid(answers, [4096], task="qa")])
+        for name, answers in (("control", limited(1024)), ("extended", oracle))
+    ]
+    (claim,) = statements(arms, "extension")  # type: ignore[arg-type]
+    assert "all tasks together (needle, qa)" in claim.sentence
 
 
 def test_mean_loss_weighs_blocks_by_predicted_tokens() -> None:

@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 import pytest
+from known_answers import arm as known_arm
+from known_answers import grid, hole, oracle
 
 from ctxext.evaluation.conclusions import Arm, ArmName
-from ctxext.evaluation.curves import accuracy_by_length, common_prompts, comparable_panels, loss_by_position, loss_curve
+from ctxext.evaluation.curves import (
+    _line_style,
+    accuracy_by_depth,
+    accuracy_by_length,
+    common_prompts,
+    comparable_panels,
+    loss_by_position,
+    loss_curve,
+)
+from ctxext.evaluation.heatmap import CellCount, heatmap, position_counts, position_rows
 from ctxext.evaluation.store import SampleResult
 
 LENGTHS = {"original_length": 8, "target_length": 16}
@@ -91,6 +102,39 @@ def test_the_number_of_common_prompts_is_drawn() -> None:
 
 def test_a_far_target_does_not_squash_the_curve() -> None:
     assert "target 1K →".encode() in loss_by_position([arm("base")], original_length=8, target_length=1024).svg
+
+
+def test_depths_are_drawn_beyond_the_original_length_unless_asked_otherwise() -> None:
+    arms = [known_arm("base", grid(hole)), known_arm("extended", grid(oracle))]
+    drawn = accuracy_by_depth(arms, original_length=1024)
+    assert drawn == accuracy_by_depth(arms, original_length=1024)
+    assert b"at 2K to 4K tokens; 95% intervals" in drawn.svg
+    assert b"depth of the needle" in drawn.svg
+    assert b"at 1K tokens" in accuracy_by_depth(arms, original_length=1024, lengths=[1024]).svg
+    assert b"at 1K to 4K tokens" in accuracy_by_depth(arms, original_length=8192).svg
+    assert b"no samples" in accuracy_by_depth([Arm("base", "nothing", False, [], {})], original_length=8).svg
+    with pytest.raises(ValueError, match="no arms"):
+        accuracy_by_depth([], original_length=8)
+
+
+def test_arms_of_one_name_get_lines_of_their_own() -> None:
+    first, second = known_arm("base", grid(hole)), known_arm("base", grid(oracle))
+    styles = [_line_style(arm, [first, second]) for arm in (first, second)]
+    assert styles[0] != styles[1]
+    assert _line_style(first, [first]) == _line_style(first, [first, known_arm("extended", [])])
+
+
+def test_positions_are_rows_of_equal_height_and_needles_fall_into_theirs() -> None:
+    assert position_rows(4096) == [256.0 * number for number in range(16)]
+    assert position_rows(12288)[1] == 1024.0
+    assert position_rows(0) == [0.0]
+    counts = position_counts(known_arm("base", grid(hole, [4096])), 256)
+    assert counts[4096, 2048.0] == CellCount(0, 5, 0)
+    assert counts[4096, 1024.0] == CellCount(5, 5, 0)
+    assert sum(count.num_scored for count in counts.values()) == 25
+    drawn = heatmap([known_arm("base", grid(hole))], original_length=1024, target_length=4096, rows_by="position")
+    assert b"position of the needle (token index)" in drawn.svg
+    assert b"from 3,840" in drawn.svg
 
 
 @pytest.mark.parametrize("draw", [loss_by_position, accuracy_by_length])

@@ -214,7 +214,7 @@ def evaluate(model: Any, folder: Path, suite: Suite | None = None, chunk: int = 
     suite = suite or grid_suite()
     tokenizer = byte_tokenizer()
     reader = HaystackReader(load_haystack(suite.haystack), lambda text: encode_plain(tokenizer, text))
-    builder = PromptBuilder(tokenizer, reader, suite.wording, suite.seed)
+    builder = PromptBuilder(tokenizer, reader, suite.wording, suite.seed, suite)
     store = SampleStore(folder, {"model": "known"}, {})
     samples = resolve_samples(suite, 128, 320)
     evaluate_samples(Answerer(model, tokenizer, chunk_tokens=chunk), builder, suite, samples, store)
@@ -305,7 +305,7 @@ def test_stored_answers_and_losses_are_those_of_the_model_alone(tmp_path: Path) 
     samples = evaluate(model, tmp_path, suite, chunk=48)
     tokenizer = byte_tokenizer()
     reader = HaystackReader(load_haystack(suite.haystack), lambda text: encode_plain(tokenizer, text))
-    builder = PromptBuilder(tokenizer, reader, suite.wording, suite.seed)
+    builder = PromptBuilder(tokenizer, reader, suite.wording, suite.seed, suite)
     prompts = {s.sample_id: builder.build(s).input_ids for s in resolve_samples(suite, 128, 320)}
     assert len(samples) == 8
     for sample in samples:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from support import byte_tokenizer, tiny_model
 
 from ctxext.data.boundaries import encode_plain
-from ctxext.evaluation import engine
-from ctxext.evaluation.engine import BATCH_TOKENS, PREFILL_CHUNK, Answer, Answerer, evaluate_samples
+from ctxext.evaluation import answerer as answering
+from ctxext.evaluation.answerer import BATCH_TOKENS, PREFILL_CHUNK, Answer, Answerer
+from ctxext.evaluation.engine import evaluate_samples
 from ctxext.evaluation.haystack import HaystackReader, load_haystack
 from ctxext.evaluation.prompt import PromptBuilder
 from ctxext.evaluation.store import SampleResult, SampleStore, load_samples
@@ -27,11 +29,11 @@ class RecordingAnswerer(Answerer):
         self.sizes: list[int] = []
         self.most = most
 
-    def answer_together(self, prompts: list[list[int]], max_new_tokens: int) -> list[Answer]:
+    def answer_together(self, prompts: list[list[int]], max_new_tokens: int, **options: Any) -> list[Answer]:
         self.sizes.append(len(prompts))
         if len(prompts) > self.most:
             raise torch.OutOfMemoryError("tried to allocate too much")
-        return super().answer_together(prompts, max_new_tokens)
+        return super().answer_together(prompts, max_new_tokens, **options)
 
 
 def suite_of(*lengths: int, samples: int = 2) -> Suite:
@@ -42,7 +44,7 @@ def suite_of(*lengths: int, samples: int = 2) -> Suite:
 
 def builder_of(tokenizer: object, suite: Suite) -> PromptBuilder:
     reader = HaystackReader(load_haystack(suite.haystack), lambda text: encode_plain(tokenizer, text))
-    return PromptBuilder(tokenizer, reader, suite.wording, suite.seed)
+    return PromptBuilder(tokenizer, reader, suite.wording, suite.seed, suite)
 
 
 def evaluate(folder: Path, suite: Suite, most: int = 1 << 20) -> tuple[list[SampleResult], list[int]]:
@@ -107,7 +109,7 @@ def test_batch_size_follows_from_the_prompts_length() -> None:
 def test_stored_results_do_not_depend_on_the_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     suite = suite_of(100, 300)
     together, sizes = evaluate(tmp_path / "together", suite)
-    monkeypatch.setattr(engine, "BATCH_TOKENS", 1)
+    monkeypatch.setattr(answering, "BATCH_TOKENS", 1)
     alone, single_sizes = evaluate(tmp_path / "alone", suite)
     assert (sizes, single_sizes) == ([3] * 4, [1] * 12)
     assert without_time(together) == without_time(alone)

@@ -105,7 +105,14 @@ def page(folder: Path) -> Page:
 
 
 def test_every_promised_file_is_there_and_nothing_else(folder: Path) -> None:
-    pictures = ["heatmaps", "loss_by_position", "accuracy_by_length", "heatmap-base", "heatmap-extended"]
+    pictures = [
+        "heatmaps",
+        "loss_by_position",
+        "accuracy_by_length",
+        "accuracy_by_depth",
+        "heatmap-base",
+        "heatmap-extended",
+    ]
     pictures += ["heatmap-recorded-base", "heatmap-recorded-control", "heatmap-recorded-extended"]
     files = {f"{name}.{suffix}" for name in pictures for suffix in ("png", "svg")}
     assert {file.name for file in folder.iterdir()} == files | {"index.html", "cells.csv", "summary.json"}
@@ -120,7 +127,7 @@ def test_the_page_runs_no_script_and_loads_nothing_from_outside(page: Page, fold
     assert not {tag for tag, _ in page.tags} & {"script", "iframe", "object", "embed", "link", "base", "form"}
     assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
     sources = [str(attributes["src"]) for _, attributes in page.tags if "src" in attributes]
-    assert len(sources) == 7
+    assert len(sources) == 8
     assert all(source.startswith("data:image/svg+xml;base64,") for source in sources)
     links = [str(attributes["href"]) for _, attributes in page.tags if "href" in attributes]
     assert links

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -68,6 +69,92 @@ def test_a_suite_file_reports_everything_that_is_wrong_with_lines(tmp_path: Path
     assert len(caught.value.problems) >= 5
     assert all(f"{path}:" in problem for problem in caught.value.problems)
     assert any("did you mean 'haystack'" in problem for problem in caught.value.problems)
+
+
+def tasks_suite(*tasks: dict[str, Any], **changes: Any) -> Suite:
+    grid = [
+        {"length": 600, "depths": [0.0, 1.0], "samples": 2},
+        {"length": {"target": 0.5}, "depths": [0.5], "samples": 1},
+    ]
+    return Suite.model_validate({"description": "t", "tasks": list(tasks), "grid": grid, **changes})
+
+
+def test_tasks_share_the_lengths_and_those_without_a_depth_have_one_cell_a_length() -> None:
+    suite = tasks_suite({"task": "needle"}, {"task": "common_words", "name": "cwe"})
+    cells: dict[tuple[str, int, float], int] = {}
+    for sample in resolve_samples(suite, 1024, 4096):
+        key = (sample.cell.task, sample.cell.length_tokens, sample.cell.depth)
+        cells[key] = cells.get(key, 0) + 1
+    half = 2048 - 120  # the longest answer of any task
+    assert cells == {
+        ("needle", 600, 0.0): 2,
+        ("needle", 600, 1.0): 2,
+        ("cwe", 600, 0.5): 4,
+        ("needle", half, 0.5): 1,
+        ("cwe", half, 0.5): 1,
+    }
+
+
+def test_a_tasks_own_grid_replaces_the_suites() -> None:
+    own = [{"length": 900, "depths": [0.5], "samples": 3}]
+    suite = tasks_suite({"task": "needle"}, {"task": "no_needle", "grid": own})
+    lengths = {s.cell.length_tokens for s in resolve_samples(suite, 1024, 4096) if s.cell.task == "no_needle"}
+    assert lengths == {900}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tasks": [{"task": "needle"}, {"task": "needle"}]}, "two tasks have the name needle"),
+        ({"wording": "passkey"}, "belong to each task"),
+        ({"max_new_tokens": 64}, "belong to each task"),
+        ({"thinking": True}, "needs apply_chat_template"),
+        ({"answer_prefix": False}, "needs apply_chat_template"),
+        ({"tasks": [{"task": "needle", "num_queries": 2}]}, "more than num_keys"),
+        ({"tasks": [{"task": "needle", "wording": "passkey", "num_keys": 2}]}, "passkey wording"),
+        ({"tasks": [{"task": "no_needle", "num_keys": 2}]}, "single needle's options"),
+        ({"tasks": [{"task": "qa", "file": "x.json", "hops": 2}]}, "hops belongs to generated"),
+        ({"tasks": [{"task": "needle", "name": "A b"}]}, "pattern"),
+    ],
+)
+def test_contradictions_are_refused_in_words(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        tasks_suite({"task": "needle"}, **changes)
+
+
+def test_mistakes_in_tasks_are_reported_with_lines_and_suggestions(tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(
+        """description: bad
+tasks:
+  - task: needle
+    num_kyes: 4
+  - task: comon_words
+  - task: qa
+    hops: 3
+haystack: python-dokumentation
+grid:
+  - {length: 512, depths: [0.5], samples: 1}
+"""
+    )
+    with pytest.raises(RecipeError) as caught:
+        load_suite(str(path))
+    text = "\n".join(caught.value.problems)
+    for expected in (
+        "bad.yaml:4: tasks.0.num_kyes: unknown key; did you mean 'num_keys'?",
+        "bad.yaml:5: tasks.1.task: got 'comon_words'",
+        "did you mean 'common_words'?",
+        "bad.yaml:7: tasks.2.hops:",
+        "bad.yaml:8: haystack:",
+    ):
+        assert expected in text, text
+
+
+def test_a_suite_of_tasks_survives_writing_and_reading() -> None:
+    for name in ("ruler", "needle-grid", "tail", "short-guard", "no-overlap"):
+        suite = load_suite(name)
+        assert suite.tasks is not None
+        assert Suite.model_validate(suite.model_dump(mode="json")) == suite
 
 
 def test_every_shipped_suite_resolves() -> None:

@@ -138,7 +138,9 @@ def test_an_evaluation_killed_with_kill_9_keeps_every_finished_sample(
         tmp_path, rows=[{"length": length, "depths": depths, "samples": 5} for length in (250, 100)], max_new_tokens=32
     )
     stored = tmp_path / "evaluation" / "samples.jsonl"
-    process = start(tmp_path, "eval", "models/tiny", "--suite", "suite.yaml", "--output", "evaluation")
+    process = start(
+        tmp_path, "eval", "models/tiny", "--suite", "suite.yaml", "--output", "evaluation", "--beyond-reach"
+    )
     wait_for(lambda: num_lines(stored) >= 20, process)
     process.kill()
     process.communicate(timeout=60)
@@ -152,6 +154,7 @@ def test_an_evaluation_killed_with_kill_9_keeps_every_finished_sample(
         "models/tiny",
         suite=str(job.folder / "suite.yaml"),
         output="evaluation",
+        beyond_reach=True,
         revision=None,
         dtype="auto",
         reporter=SilentReporter(),

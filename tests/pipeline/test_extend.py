@@ -296,7 +296,7 @@ def test_verify_refuses_a_folder_whose_positions_are_not_those_it_was_made_with(
     with pytest.raises(ArtefactError, match=r"config\.json: the file"):
         list(verify_checkpoint(job.output))
     (job.output / "merged" / "manifest.json").unlink()
-    with pytest.raises(ArtefactError, match="has other positions than .* with yarn"):
+    with pytest.raises(ArtefactError, match=r"has other positions than .* with yarn"):
         list(verify_checkpoint(job.output))
 
 

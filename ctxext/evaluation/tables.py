@@ -1,0 +1,205 @@
+"""`results.json` under the keys of EleutherAI's lm-evaluation-harness, and the cells as CSV.
+
+Programs that read the harness's files find results, configs, versions, n-shot and n-samples where they expect them; a
+length is a metric of its task, as in the harness's RULER. What the harness has no place for (cells, intervals,
+clusters, effective length, tail) stands beside it under its own names.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from ctxext.evaluation.clusters import cluster_of
+from ctxext.evaluation.conclusions import Arm
+from ctxext.evaluation.effective_length import needle_effective_lengths
+from ctxext.evaluation.statistics import MeanScore, mean_score
+from ctxext.evaluation.store import SampleResult
+from ctxext.evaluation.suite import Cell
+from ctxext.evaluation.tail import TailNumber, tail_number
+
+_DIGITS = 6
+_CSV_COLUMNS = (
+    "arm recorded task length_tokens depth num_samples num_missing num_degenerate num_right score low high "
+    "num_haystacks num_effective"
+)
+
+
+def results_table(
+    samples: Sequence[SampleResult], *, run: Mapping[str, Any], suite: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Everything that `results.json` holds, derived from samples and the `run.json` beside them."""
+    tasks = {task: [s for s in samples if s.task == task] for task in sorted({s.task for s in samples})}
+    identity, environment = dict(run.get("identity", {})), dict(run.get("environment", {}))
+    weights = identity.get("weights", {})
+    return {
+        "results": {task: _task_results(task, members) for task, members in tasks.items()},
+        "group_subtasks": {task: [] for task in tasks},
+        "configs": {task: _task_config(task, members, identity, suite or {}) for task, members in tasks.items()},
+        "versions": {task: _version(members) for task, members in tasks.items()},
+        "n-shot": dict.fromkeys(tasks, 0),
+        "higher_is_better": {task: {"score": True, "accuracy": True} for task in tasks},
+        "n-samples": {
+            task: {"original": len(members), "effective": sum(s.status == "ok" for s in members)}
+            for task, members in tasks.items()
+        },
+        "config": {
+            "model": "ctxext",
+            "model_args": weights,
+            "dtype": identity.get("dtype"),
+            "device": environment.get("device"),
+            "random_seed": identity.get("seed"),
+            "gen_kwargs": {"do_sample": False, "max_gen_toks": identity.get("max_new_tokens")},
+        },
+        "model_source": "ctxext",
+        "model_name": weights.get("source"),
+        "transformers_version": environment.get("packages", {}).get("transformers"),
+        "total_evaluation_time_seconds": round(math.fsum(sample.seconds for sample in samples), 1),
+        "environment": environment,
+        "cells": [_cell_numbers(cell, members) for cell, members in cells_of(samples)],
+        "effective_length": {task: _effective(members) for task, members in tasks.items()},
+        "tail": {task: _tail(members) for task, members in tasks.items()},
+    }
+
+
+def cells_of(samples: Iterable[SampleResult]) -> list[tuple[Cell, list[SampleResult]]]:
+    """Samples by cell, in the order of task, length and depth."""
+    groups: dict[Cell, list[SampleResult]] = {}
+    for sample in samples:
+        groups.setdefault(sample.cell, []).append(sample)
+    return sorted(groups.items(), key=lambda group: group[0])
+
+
+def score_of(samples: Iterable[SampleResult]) -> MeanScore | None:
+    """Mean score of the samples that have one, clustered by haystack."""
+    scored = [sample for sample in samples if sample.status == "ok"]
+    return mean_score([s.score for s in scored], [cluster_of(s) for s in scored]) if scored else None
+
+
+def cells_table(arms: Sequence[Arm]) -> str:
+    """CSV with one line a cell and arm: counts, mean score with its interval, haystacks behind it."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(_CSV_COLUMNS.split())
+    for arm in arms:
+        for cell, members in cells_of(arm.samples):
+            numbers = _cell_numbers(cell, members)
+            interval = numbers.get("interval_95", ["", ""])
+            writer.writerow(
+                [
+                    arm.name,
+                    str(arm.recorded).lower(),
+                    cell.task,
+                    cell.length_tokens,
+                    f"{cell.depth:g}",
+                    *(numbers[key] for key in ("num_samples", "num_missing", "num_degenerate", "num_right")),
+                    numbers.get("score", ""),
+                    *interval,
+                    numbers.get("num_haystacks", ""),
+                    numbers.get("num_effective", ""),
+                ]
+            )
+    return stream.getvalue()
+
+
+def _task_results(task: str, members: Sequence[SampleResult]) -> dict[str, Any]:
+    numbers: dict[str, Any] = {"alias": task}
+    right = [1.0 if s.score >= 1.0 else 0.0 for s in members if s.status == "ok"]
+    whole = score_of(members)
+    if whole is None:
+        return numbers
+    numbers["accuracy,none"] = round(math.fsum(right) / len(right), _DIGITS)
+    numbers |= _metric("score", whole)
+    for length in sorted({sample.length_tokens for sample in members}):
+        score = score_of(sample for sample in members if sample.length_tokens == length)
+        if score is not None:
+            numbers |= _metric(str(length), score)
+    return numbers
+
+
+def _metric(name: str, score: MeanScore) -> dict[str, Any]:
+    """A value, its standard error with the effective number of samples, its interval and what it rests on."""
+    error = math.sqrt(score.value * (1 - score.value) / score.num_effective)
+    return {
+        f"{name},none": round(score.value, _DIGITS),
+        f"{name}_stderr,none": round(error, _DIGITS),
+        f"{name}_interval_95,none": [round(score.low, _DIGITS), round(score.high, _DIGITS)],
+        f"{name}_haystacks,none": score.num_clusters,
+    }
+
+
+def _task_config(
+    task: str, members: Sequence[SampleResult], identity: Mapping[str, Any], suite: Mapping[str, Any]
+) -> dict[str, Any]:
+    return {
+        "task": task,
+        "output_type": "generate_until",
+        "metric_list": [
+            {"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in _metrics(members)
+        ],
+        "generation_kwargs": {"do_sample": False, "max_gen_toks": identity.get("max_new_tokens")},
+        "num_fewshot": 0,
+        "metadata": {**{key: value for key, value in identity.items() if key != "weights"}, "suite": dict(suite)},
+    }
+
+
+def _metrics(members: Sequence[SampleResult]) -> list[str]:
+    return sorted({sample.metric for sample in members if sample.metric})
+
+
+def _version(members: Sequence[SampleResult]) -> str:
+    """Versions of the metrics, from names such as 'number_match/1'."""
+    return ", ".join(sorted({metric.rpartition("/")[2] for metric in _metrics(members)}))
+
+
+def _cell_numbers(cell: Cell, members: Sequence[SampleResult]) -> dict[str, Any]:
+    scored = [sample for sample in members if sample.status == "ok"]
+    numbers: dict[str, Any] = {
+        "task": cell.task,
+        "length_tokens": cell.length_tokens,
+        "depth": cell.depth,
+        "num_samples": len(scored),
+        "num_missing": len(members) - len(scored),
+        "num_degenerate": sum(sample.degenerate is not None for sample in scored),
+        "num_right": sum(sample.score >= 1.0 for sample in scored),
+    }
+    score = score_of(scored)
+    if score is not None:
+        numbers |= {
+            "score": round(score.value, _DIGITS),
+            "interval_95": [round(score.low, _DIGITS), round(score.high, _DIGITS)],
+            "num_haystacks": score.num_clusters,
+            "num_effective": round(score.num_effective, 2),
+        }
+    return numbers
+
+
+def _effective(members: Sequence[SampleResult]) -> list[dict[str, Any]]:
+    return [
+        {
+            "definition": length.definition,
+            "by": length.by,
+            "threshold": round(length.threshold, _DIGITS),
+            "tokens": length.tokens,
+            "open": length.is_open,
+            "text": length.text(),
+        }
+        for length in needle_effective_lengths(members)
+    ]
+
+
+def _tail(members: Sequence[SampleResult]) -> dict[str, Any]:
+    tail = tail_number(members)
+    if not isinstance(tail, TailNumber):
+        return {"value": None, "reason": tail.reason}
+    ends = [round(tail.difference.low, _DIGITS), round(tail.difference.high, _DIGITS)]
+    return {
+        "value": round(tail.difference.value, _DIGITS),
+        "interval_95": ends,
+        "length_tokens": tail.length_tokens,
+        "num_pairs": tail.num_pairs,
+        "num_haystacks": tail.num_haystacks,
+    }
