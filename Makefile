@@ -48,6 +48,7 @@ record-gemma: $(STAMP)
 	test -d runs/gemma/linear || $(BIN)/ctxext patch $(GEMMA) runs/gemma/linear --target-length 65536 --method linear
 	for arm in base yarn linear; do \
 	  $(BIN)/ctxext eval runs/gemma/$$arm --suite gemma-patch --dtype bfloat16 --output runs/gemma/eval-$$arm || exit; done
+	$(BIN)/ctxext compare runs/gemma/eval-base runs/gemma/eval-yarn runs/gemma/eval-linear --output runs/gemma/compared
 
 # Other programs run for real on every exported form: evals/baselines/readers. About 5 GB and 7 minutes the first time,
 # below CTXEXT_READERS_DIR or the user's cache folder; then about 5 minutes.

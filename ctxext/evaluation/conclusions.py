@@ -54,12 +54,13 @@ class Arm:
     """One way of treating the model, evaluated on prompts that other arms share.
 
     Attributes:
+        name: what the conclusions know it by (base, untrained, control, extended), or any other.
         label: what people read ("YaRN, 60 steps").
         recorded: made on another machine and shipped, not by this run.
         run: the `run.json` beside the samples.
     """
 
-    name: ArmName
+    name: str
     label: str
     recorded: bool
     samples: list[SampleResult]

@@ -290,7 +290,8 @@ def _draw_cell(axis: Axes, column: int, row: int, count: CellCount) -> None:
 def _draw_title(axis: Axes, arm: Arm, width: float) -> None:
     lines = textwrap.wrap(arm.label, int(width * 9)) or [arm.name]
     samples, haystacks = len(arm.scored), arm.num_haystacks
-    facts = f"{arm.name} · {samples} sample{'s' * (samples != 1)}, {haystacks} haystack{'s' * (haystacks != 1)}"
+    name = f"{arm.name} · " if arm.name != arm.label else ""
+    facts = f"{name}{samples} sample{'s' * (samples != 1)}, {haystacks} haystack{'s' * (haystacks != 1)}"
     if arm.recorded:
         facts = f"{RECORDED_MARK}\n{facts}"
     # The space below the facts belongs to the two labels of the boundary lines.

@@ -22,7 +22,7 @@ class EvaluationReporter(Protocol):
     def evaluation(self, title: str, samples: list[Sample]) -> AbstractContextManager[Callable[[SampleResult], None]]:
         """Yields the function to call with every finished sample."""
 
-    def info(self, message: str) -> None:
+    def info(self, text: str) -> None:
         """One line for people."""
 
 

@@ -225,7 +225,7 @@ def write_comparison(folder: Path, comparison: Comparison) -> list[Path]:
     target = max((e.target_length for e in comparison.entries if e.target_length), default=None)
     if original and target:
         arms = [
-            replace(e.arm, label=e.label, recorded=False, samples=_shown(e, comparison.common))
+            replace(e.arm, name=e.label, label=e.label, recorded=False, samples=_shown(e, comparison.common))
             for e in comparison.entries
         ]
         for stem, picture in (
