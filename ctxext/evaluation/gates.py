@@ -51,7 +51,7 @@ def check_gates(
             answer of 16 fills 16,384.
     """
     live = {arm.name: arm for arm in arms if not arm.recorded}
-    arm = live.get(judged)  # type: ignore[call-overload]
+    arm = live.get(judged)
     samples = [sample for sample in arm.samples if sample.task == task] if arm else []
     outcomes = []
     if gates.tail is not None:
@@ -61,7 +61,7 @@ def check_gates(
     if gates.short_context_cost is not None:
         outcomes.append(_short(gates, arm, live.get("base"), gates.short_context_cost, original_length))
     if gates.better_than is not None:
-        rival = live.get(gates.better_than)  # type: ignore[call-overload]
+        rival = live.get(gates.better_than)
         outcomes.append(_better(arm, rival, gates.better_than, original_length))
     return outcomes
 
