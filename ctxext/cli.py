@@ -91,8 +91,6 @@ def merge(
     folder = Path(adapter)
     if (folder / "adapter").is_dir():
         folder = folder / "adapter"
-    if dtype not in ("auto", "float32", "bfloat16"):
-        raise UsageError("unknown dtype", where="--dtype", got=dtype, expected="auto, float32 or bfloat16")
     proof = merge_adapter(folder, Path(destination), dtype)
     reporter = _reporter()
     for line in proof.summary():

@@ -142,3 +142,9 @@ def unknown_name(kind: str, name: str, choices: Iterable[str], *, where: str | N
         expected="one of " + ", ".join(accepted),
         hint=f"Did you mean '{near}'?" if near else None,
     )
+
+
+def first_line(error: BaseException) -> str:
+    """Another library's error in one line: its type and the first line of its message."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__

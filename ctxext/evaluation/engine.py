@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -88,7 +88,7 @@ def evaluate_samples(
     check: SelfCheck | None = None
     try:
         for unit in plan.units:
-            prompts = [_built(builder, suite, sample) for sample in unit]
+            prompts = [builder.build(sample) for sample in unit]
             missing = [p for p in prompts if store.finished(p.sample.sample_id, p.prompt_sha256) is None]
             sharing = len(unit) > 1 and unit[0].sample_id in plan.sharing
             waiting = {prompt.sample.sample_id for prompt in missing}
@@ -128,7 +128,7 @@ def _plan(answerer: Answerer, builder: PromptBuilder, suite: Suite, samples: lis
     for sample in samples:
         if answerer.batch_size(sample.cell.length_tokens) > 1:
             continue  # short prompts share forward passes instead
-        prompt = _built(builder, suite, sample)
+        prompt = builder.build(sample)
         num_tokens = len(prompt.input_ids)
         num_shared = max(1 << ((num_tokens // _SHARED_PART).bit_length() - 1), _FEWEST_SHARED)
         if num_tokens > num_shared:
@@ -148,12 +148,6 @@ def _plan(answerer: Answerer, builder: PromptBuilder, suite: Suite, samples: lis
             if sample is group[0]:
                 units.append(group)
     return _Plan(units, set(trunks), reason)
-
-
-def _built(builder: PromptBuilder, suite: Suite, sample: Sample) -> Prompt:
-    """The sample's prompt; the answer's budget is the suite's where no task has its own, whoever made the builder."""
-    prompt = builder.build(sample)
-    return prompt if suite.tasks is not None else replace(prompt, max_new_tokens=suite.max_new_tokens)
 
 
 def _batches(answerer: Answerer, samples: list[Sample]) -> Iterator[list[Sample]]:

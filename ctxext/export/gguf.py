@@ -43,7 +43,8 @@ from ctxext.export.gguf_tokenizer import GgufVocabulary, gguf_vocabulary
 from ctxext.export.stored import StoredWeights, checkpoint_tensors
 from ctxext.files import format_bytes, require_free_space, write_text_atomic
 from ctxext.model.load import load_config, load_tokenizer, resolve_source
-from ctxext.rope.verify import RELATIVE_TOLERANCE, reference_tables
+from ctxext.rope.families import head_dim as head_dim_of
+from ctxext.rope.reference import RELATIVE_TOLERANCE, reference_tables
 
 Float64Array = npt.NDArray[np.float64]
 Scaling = Literal["none", "linear", "yarn", "rope_freqs"]
@@ -210,11 +211,11 @@ def gguf_positions(config: Any, *, portable: bool = False) -> GgufPositions:
     if table.short_inv_freq is not None:
         # llama.cpp chooses the list by the context it was started with, transformers by the length of the prompt.
         raise _unsupported("LongRoPE with one list for short and one for long prompts", "two-range longrope")
-    if 2 * len(table.inv_freq) != _head_dim(config):
-        raise _unsupported("heads that are rotated in part", f"{2 * len(table.inv_freq)} of {_head_dim(config)}")
+    if 2 * len(table.inv_freq) != head_dim_of(config):
+        raise _unsupported("heads that are rotated in part", f"{2 * len(table.inv_freq)} of {head_dim_of(config)}")
     theta = float(parameters["rope_theta"])
     reference = table.inv_freq.astype(np.float64)
-    unscaled = _powers(theta, _head_dim(config))
+    unscaled = _powers(theta, head_dim_of(config))
     if _same(reference, unscaled) and table.attention_factor == 1:
         return GgufPositions("none", theta)
     original = int(parameters.get("original_max_position_embeddings") or config.max_position_embeddings)
@@ -224,7 +225,7 @@ def gguf_positions(config: Any, *, portable: bool = False) -> GgufPositions:
     if (
         not portable
         and parameters.get("rope_type") == "yarn"
-        and _same(reference, llama_cpp_yarn(theta, _head_dim(config), factor, original))
+        and _same(reference, llama_cpp_yarn(theta, head_dim_of(config), factor, original))
         and math.isclose(table.attention_factor, 0.1 * math.log(factor) + 1, rel_tol=1e-6)
     ):
         return GgufPositions("yarn", theta, factor=factor, original_length=original)
@@ -248,7 +249,7 @@ def modelfile_text(name: str, config: Any) -> str:
     """An Ollama Modelfile for the GGUF file `name` in the same folder."""
     length = int(config.max_position_embeddings)
     heads = config.num_key_value_heads or config.num_attention_heads
-    cache = format_bytes(2 * 2 * config.num_hidden_layers * heads * _head_dim(config) * length)
+    cache = format_bytes(2 * 2 * config.num_hidden_layers * heads * head_dim_of(config) * length)
     return f"""# ollama create NAME -f {Path(name).stem}.Modelfile
 FROM ./{name}
 
@@ -284,10 +285,6 @@ def _unsupported(what: str, got: str) -> UnsupportedModelError:
         got=got,
         hint="Serve the checkpoint with transformers or vLLM.",
     )
-
-
-def _head_dim(config: Any) -> int:
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def _powers(theta: float, head_dim: int) -> Float64Array:
@@ -333,12 +330,12 @@ def _plan_tensors(
     for stored, name in names.items():
         info = weights.tensors[stored]
         module = stored.split(".")[-2]
-        if module in heads and info.num_rows != heads[module] * _head_dim(config):
+        if module in heads and info.num_rows != heads[module] * head_dim_of(config):
             raise ArtefactError(
                 "the projection's rows and the config's heads disagree",
                 where=stored,
                 got=info.num_rows,
-                expected=f"{heads[module]} heads of {_head_dim(config)}",
+                expected=f"{heads[module]} heads of {head_dim_of(config)}",
             )
         planned.append(
             _Tensor(
@@ -406,10 +403,10 @@ def _write_metadata(
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads or config.num_attention_heads)
-    writer.add_key_length(_head_dim(config))
-    writer.add_value_length(_head_dim(config))
+    writer.add_key_length(head_dim_of(config))
+    writer.add_value_length(head_dim_of(config))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(_head_dim(config))
+    writer.add_rope_dimension_count(head_dim_of(config))
     writer.add_rope_freq_base(positions.theta)
     native = positions.scaling if positions.scaling != "rope_freqs" else "none"
     writer.add_rope_scaling_type(gguf.RopeScalingType(native))

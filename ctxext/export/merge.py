@@ -126,6 +126,8 @@ def merge_adapter(adapter: Path, destination: Path, dtype: str = "auto") -> Merg
         ArtefactError: the folder is no adapter of ctxext, is damaged, does not fit its base, or the destination exists.
         ResourceError: not enough disk.
     """
+    device = choose_device()
+    chosen_dtype = choose_dtype(dtype, device)
     refuse_existing(destination)
     provenance = read_provenance(adapter)
     config = adapter_config(adapter)
@@ -133,12 +135,11 @@ def merge_adapter(adapter: Path, destination: Path, dtype: str = "auto") -> Merg
     try:
         base_folder = safetensors_folder(source)
         if dtype != "auto":
-            _require_dtype(checkpoint_tensors(base_folder), choose_dtype(dtype, choose_device()))
+            _require_dtype(checkpoint_tensors(base_folder), chosen_dtype)
         return merge_streamed(adapter, base_folder, destination)
     except NotStreamableError as error:
         reason = error.what
-    device = choose_device()
-    model = load_model(source, config, dtype=choose_dtype(dtype, device), device=device)
+    model = load_model(source, config, dtype=chosen_dtype, device=device)
     verify_positions(model, config)
     wrapped = load_adapter(adapter, model)
     _, proof = write_merged(destination, wrapped, load_tokenizer(source), provenance)

@@ -34,7 +34,7 @@ from ctxext.model.load import (
 from ctxext.rope.families import OnExisting, base_ropes, rope_groups
 from ctxext.rope.methods import RopeMethod, create_method
 from ctxext.rope.patchers import apply_method
-from ctxext.rope.portable import exported_form, fold_edits, is_portable, portable_config
+from ctxext.rope.portable import exported_form, fold_edits, is_portable
 from ctxext.rope.verify import RopeVerification, verify_positions
 from ctxext.train.adapter import PROVENANCE_NAME
 
@@ -124,8 +124,7 @@ def patch_checkpoint(
     notes = assumed_by_default(resolved_source, config)
     resolved = asked.resolved(base.original_length, target_length)
     extended = apply_method(config, asked, target_length, on_existing)
-    # Asked for, the portable form is refused where there is none; `exported_form` would pass over it.
-    written, folded = portable_config(extended) if portable else exported_form(extended, portable)
+    written, folded = exported_form(extended, portable)
     if not resolved_source.gguf_file:
         _tokenizer_settings(Path(resolved_source.location) / _LIMIT_FILE)
     provenance = {

@@ -18,7 +18,7 @@ from typing import Any
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
-from ctxext.errors import ArtefactError, CtxextError, ResourceError, UsageError
+from ctxext.errors import ArtefactError, CtxextError, ResourceError, UsageError, first_line
 from ctxext.export.card import CARD_NAME, PICTURES, is_repo_id, write_card, write_patch_card
 from ctxext.files import MANIFEST_NAME, format_bytes, read_json, verify_manifest
 from ctxext.train.adapter import PROVENANCE_NAME, read_provenance
@@ -274,7 +274,7 @@ def _explain(error: BaseException, repo_id: str, endpoint: str) -> CtxextError |
         # HfHubHTTPError derives from its HTTP library's base error, which is httpx's or a successor's by version.
         if isinstance(cause, (HfHubHTTPError.__mro__[1], OSError)):
             return ResourceError(
-                f"could not reach the hub ({_first_line(cause)})",
+                f"could not reach the hub ({first_line(cause)})",
                 where=endpoint,
                 hint="Check the connection; what has been uploaded already is not sent again.",
             )
@@ -295,8 +295,3 @@ def _refused(error: HfHubHTTPError, repo_id: str, message: str) -> CtxextError:
     if status == 400:
         return ArtefactError(f"the hub refused what was uploaded ({message})", where=repo_id)
     return ResourceError(f"the hub did not accept the upload ({message})", where=repo_id, hint="Try again later.")
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__

@@ -45,6 +45,7 @@ from ctxext.export.stored import checkpoint_tensors
 from ctxext.files import read_json
 from ctxext.model.load import load_config, load_model, load_tokenizer, resolve_source
 from ctxext.rope.families import rope_groups, text_config
+from ctxext.train.adapter import PROVENANCE_NAME
 
 Scores = npt.NDArray[np.float64]
 Report = Callable[[str], None]
@@ -66,7 +67,6 @@ NOT_ASKED = "not asked"
 NOISE_FLOOR = 1e-3
 # What is to be told apart must differ by this many noise floors.
 _MARGIN = 4.0
-_PROVENANCE_NAME = "ctxext.json"
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ def prompt_length(checkpoint: Path, num_tokens: int | None = None, original_leng
             "the checkpoint does not say which length it was extended from",
             where=str(checkpoint),
             got=None if original is None else original,
-            expected=f"'original_length' below {target} in {_PROVENANCE_NAME}",
+            expected=f"'original_length' below {target} in {PROVENANCE_NAME}",
             hint="Give it with --original-length.",
         )
     length = num_tokens or min(target - 1, original + max(256, original // 4))
@@ -215,8 +215,8 @@ def prompt_length(checkpoint: Path, num_tokens: int | None = None, original_leng
 
 
 def _original_length(checkpoint: Path, config: Any) -> int | None:
-    if (checkpoint / _PROVENANCE_NAME).is_file():
-        length = read_json(checkpoint / _PROVENANCE_NAME).get("original_length")
+    if (checkpoint / PROVENANCE_NAME).is_file():
+        length = read_json(checkpoint / PROVENANCE_NAME).get("original_length")
         if isinstance(length, int):
             return length
     lengths = [group.get("original_max_position_embeddings") for group in rope_groups(config).values()]
@@ -288,7 +288,7 @@ def _base_thetas(folder: Path, config: Any) -> dict[str | None, float]:
     if any(group.get("rope_type", "default") != "default" for group in rope_groups(config).values()):
         return {}
     try:
-        base = read_json(folder / _PROVENANCE_NAME)["base"]
+        base = read_json(folder / PROVENANCE_NAME)["base"]
         base_config = load_config(resolve_source(str(base["source"]), base.get("revision")))
         return {key: float(group["rope_theta"]) for key, group in rope_groups(base_config).items()}
     except (CtxextError, KeyError, TypeError):

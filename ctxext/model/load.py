@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
-from ctxext.errors import ArtefactError, CtxextError, UnsupportedModelError, unknown_name
+from ctxext.errors import ArtefactError, CtxextError, UnsupportedModelError, UsageError, first_line, unknown_name
 from ctxext.files import fingerprint, safe_join, sha256_bytes, shipped_directory
 from ctxext.model.package import joined_file
 from ctxext.rope.families import text_config
@@ -72,7 +72,7 @@ def resolve_source(name: str, revision: str | None = None) -> ModelSource:
         path = Path(name).expanduser()
         path.exists()
     except (OSError, RuntimeError, ValueError) as error:  # a name too long, an unknown ~user, a NUL
-        raise ArtefactError(f"not the name of a model ({_first_line(error)})", where=name[:80]) from error
+        raise ArtefactError(f"not the name of a model ({first_line(error)})", where=name[:80]) from error
     if name.startswith(_RECIPES_PREFIX):
         path = _shipped_model(name)
     elif name.startswith(_PACKAGE_PREFIX):
@@ -174,10 +174,10 @@ def load_config(source: ModelSource) -> PreTrainedConfig:
                 where=source.name,
                 hint="Use a model that transformers supports natively.",
             ) from error
-        raise ArtefactError(f"could not read the model's config ({_first_line(error)})", where=source.name) from error
+        raise ArtefactError(f"could not read the model's config ({first_line(error)})", where=source.name) from error
     except Exception as error:  # transformers raises OSError, KeyError, struct errors ... for one thing: unreadable
         raise ArtefactError(
-            f"could not read the model's config ({_first_line(error)})",
+            f"could not read the model's config ({first_line(error)})",
             where=source.name,
             hint="Check the name, and the connection to the hub if it is a hub id.",
         ) from error
@@ -213,9 +213,7 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
         with quiet():
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.location, **source.arguments())
     except Exception as error:  # as in load_config
-        raise ArtefactError(
-            f"could not read the model's tokenizer ({_first_line(error)})", where=source.name
-        ) from error
+        raise ArtefactError(f"could not read the model's tokenizer ({first_line(error)})", where=source.name) from error
     return tokenizer
 
 
@@ -249,7 +247,7 @@ def load_model(
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # safetensors, OSError, RuntimeError ... for one thing: the weights cannot be read
-        raise ArtefactError(f"could not load the model's weights ({_first_line(error)})", where=source.name) from error
+        raise ArtefactError(f"could not load the model's weights ({first_line(error)})", where=source.name) from error
     model, report = loaded
     tied = bool(getattr(text_config(config), "tie_word_embeddings", False))
     missing = sorted(key for key in report["missing_keys"] if not (tied and key == "lm_head.weight"))
@@ -285,14 +283,14 @@ def choose_dtype(asked: str, device: torch.device) -> torch.dtype:
     """`auto`: bfloat16 on a CUDA device that has it, float32 elsewhere (CPUs emulate bfloat16, mostly slowly).
 
     Raises:
-        ValueError: an unknown name.
+        UsageError: an unknown name.
     """
     if asked == "float32":
         return torch.float32
     if asked == "bfloat16":
         return torch.bfloat16
     if asked != "auto":
-        raise ValueError(f"unknown dtype {asked!r}")
+        raise UsageError("unknown dtype", where="--dtype", got=asked, expected="auto, float32 or bfloat16")
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
 
 
@@ -310,8 +308,3 @@ def quiet() -> Iterator[None]:
         hf_logging.set_verbosity(verbosity)
         if bars:
             hf_logging.enable_progress_bar()
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__

@@ -54,21 +54,19 @@ def evaluate_model(
     Raises:
         CtxextError: model or suite missing, a length out of reach of the haystack, an output folder of something else.
     """
-    if dtype not in ("auto", "float32", "bfloat16"):
-        raise UsageError("unknown dtype", where="--dtype", got=dtype, expected="auto, float32 or bfloat16")
+    device = choose_device()
+    chosen_dtype = choose_dtype(dtype, device)
     asked = load_suite(suite)
     source = resolve_source(name, revision)
     config = load_config(source)
     text = text_config(config)
-    reach = _reach(source, text)
-    original = _original_length(source, text)
+    original, reach = _lengths(source, text)
     if not beyond_reach:
         _require_reach(asked, original, reach, source.name)
     stem = short_name(source.name)
     folder = Path(output) if output else Path("runs") / f"eval-{stem}-{Path(suite).stem}"
-    device = choose_device()
     attention = attention_for(config, device)
-    model = load_model(source, config, dtype=choose_dtype(dtype, device), device=device, attention=attention)
+    model = load_model(source, config, dtype=chosen_dtype, device=device, attention=attention)
     try:
         reporter.info(verify_positions(model, config).summary())
     except UnsupportedModelError as error:  # evaluating needs no RoPE; a RoPE that differs from its config is an error
@@ -155,17 +153,14 @@ def _require_reach(suite: Suite, original_length: int, reach: int, model: str) -
         )
 
 
-def _reach(source: ModelSource, text: Any) -> int:
-    """Positions that the model reaches: what ctxext.json says (dynamic scaling cannot show it), else the config."""
+def _lengths(source: ModelSource, text: Any) -> tuple[int, int]:
+    """The length before extension and the positions that the model reaches.
+
+    From ctxext.json where there is one (dynamic scaling and portable checkpoints hide one of them), else the config.
+    """
     folder = Path(source.location)
     if (folder / PROVENANCE_NAME).is_file():
-        return int(read_provenance(folder)["target_length"])
-    return int(text.max_position_embeddings)
-
-
-def _original_length(source: ModelSource, text: Any) -> int:
-    """The length before extension where checkpoint or config say it, else the model's reach."""
-    folder = Path(source.location)
-    if (folder / PROVENANCE_NAME).is_file():
-        return int(read_provenance(folder)["original_length"])
-    return length_before_scaling(text) if getattr(text, "rope_parameters", None) else int(text.max_position_embeddings)
+        provenance = read_provenance(folder)
+        return int(provenance["original_length"]), int(provenance["target_length"])
+    reach = int(text.max_position_embeddings)
+    return (length_before_scaling(text) if getattr(text, "rope_parameters", None) else reach), reach

@@ -26,7 +26,7 @@ from ctxext.rope.families import length_before_scaling, original_length, rope_gr
 from ctxext.rope.methods import create_method
 from ctxext.rope.patchers import apply_method
 from ctxext.rope.portable import exported_form, fold_edits
-from ctxext.rope.reference import describe_positions, reference_tables
+from ctxext.rope.reference import RELATIVE_TOLERANCE, describe_positions, reference_tables
 from ctxext.rope.verify import verify_positions
 from ctxext.train.adapter import PROVENANCE_NAME, adapter_config, base_of, load_adapter, read_provenance
 
@@ -273,7 +273,7 @@ def _same_tables(one: Any, other: Any) -> bool:
     mine, theirs = reference_tables(one), reference_tables(other)
     return mine.keys() == theirs.keys() and all(
         table.inv_freq.shape == theirs[group].inv_freq.shape
-        and bool((abs(table.inv_freq - theirs[group].inv_freq) <= 3e-6 * theirs[group].inv_freq).all())
+        and bool((abs(table.inv_freq - theirs[group].inv_freq) <= RELATIVE_TOLERANCE * theirs[group].inv_freq).all())
         and abs(table.attention_factor - theirs[group].attention_factor) < 1e-6
         for group, table in mine.items()
     )

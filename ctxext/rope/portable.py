@@ -32,7 +32,7 @@ from ctxext.rope.families import (
     text_config,
 )
 from ctxext.rope.families import head_dim as head_dim_of
-from ctxext.rope.methods import LongRope, method_from_rope_parameters
+from ctxext.rope.methods import LongRope
 from ctxext.rope.reference import base_of_parameters, reference_tables
 
 if TYPE_CHECKING:
@@ -144,13 +144,9 @@ def exported_form(config: ConfigT, portable: bool | None = None) -> tuple[Config
     Raises:
         UnsupportedModelError: see `portable_config`.
     """
-    if portable is False or not any(map(_has_other_form, rope_groups(config).values())):
+    if portable is False:
         return config, {}
     return portable_config(config, force=bool(portable))
-
-
-def _has_other_form(parameters: Mapping[str, Any]) -> bool:
-    return parameters.get("rope_type", "default") not in ("default", "dynamic") and not is_portable(parameters)
 
 
 def needs_portable_form(parameters: Mapping[str, Any]) -> bool:
@@ -158,8 +154,7 @@ def needs_portable_form(parameters: Mapping[str, Any]) -> bool:
     whose attention factor is not the one that readers derive."""
     rope_type = parameters.get("rope_type", "default")
     if rope_type == "longrope":
-        method = method_from_rope_parameters(dict(parameters))
-        return isinstance(method, LongRope) and not method.has_two_ranges and not is_portable(parameters)
+        return parameters["short_factor"] == parameters["long_factor"] and not is_portable(parameters)
     return rope_type == "yarn" and parameters.get("attention_factor") is not None
 
 

@@ -20,8 +20,7 @@ from ctxext.rope.base import Float64Array, RopeTable
 from ctxext.rope.families import has_own_temperature, original_length, rope_groups, text_config
 from ctxext.rope.methods import softmax_temperature
 from ctxext.rope.reference import RELATIVE_TOLERANCE as RELATIVE_TOLERANCE
-from ctxext.rope.reference import reference_tables as reference_tables
-from ctxext.rope.reference import relative_tolerance
+from ctxext.rope.reference import reference_tables, relative_tolerance
 
 _BUFFER = "inv_freq"
 
