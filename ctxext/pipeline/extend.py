@@ -176,8 +176,8 @@ def _timed(job: _Job, stage: str) -> Iterator[None]:
         job.run.stage_finished(stage, time.perf_counter() - started)
 
 
-def _extended_config(job: _Job) -> PreTrainedConfig:
-    return apply_method(job.base_config, job.recipe.rope, job.recipe.target_length, job.recipe.on_existing)
+def _config_for(job: _Job, method: RopeMethod) -> PreTrainedConfig:
+    return apply_method(job.base_config, method, job.recipe.target_length, job.recipe.on_existing)
 
 
 def _load(job: _Job, config: PreTrainedConfig) -> PreTrainedModel:
@@ -235,7 +235,7 @@ def _evaluate_untrained(job: _Job) -> None:
     if _evaluation_complete(job, "untrained"):
         job.reporter.info("finished earlier")
         return
-    _evaluate(job, _load(job, _extended_config(job)), "untrained", f"{job.recipe.rope.method}, untrained")
+    _evaluate(job, _load(job, _config_for(job, job.recipe.rope)), "untrained", f"{job.recipe.rope.method}, untrained")
 
 
 def _provenance(job: _Job, method: RopeMethod) -> dict[str, Any]:
@@ -273,7 +273,7 @@ def _train(job: _Job, method: RopeMethod, folder: Path, adapter: Path, title: st
         return
     builder = _builder(job)
     assert job.stream is not None
-    config = apply_method(job.base_config, method, job.recipe.target_length, job.recipe.on_existing)
+    config = _config_for(job, method)
     state = TrainState(0, job.plan.plan_id, job.stream.sha256, job.accelerator.num_processes)
     trainer = Trainer(
         job.accelerator, _load(job, config), config, builder, job.recipe.lora, job.recipe.train, folder, state
@@ -298,7 +298,7 @@ def _merge_and_evaluate(job: _Job) -> None:
     if not job.is_main:
         return
     arm = "extended" if job.recipe.rope.method != "none" else "control"
-    config = _extended_config(job)
+    config = _config_for(job, job.recipe.rope)
     if job.run.merged.is_dir():
         verify_manifest(job.run.merged)
         job.reporter.info(f"merged earlier: {job.run.merged}")
@@ -323,7 +323,7 @@ def _control_arm(job: _Job) -> None:
     _train(job, method, job.run.control, adapter, "train the control arm")
     if not job.is_main or _evaluation_complete(job, "control"):
         return
-    config = apply_method(job.base_config, method, job.recipe.target_length, job.recipe.on_existing)
+    config = _config_for(job, method)
     merged: Any = load_adapter(adapter, _load(job, config)).merge_and_unload()
     merged.eval()
     _evaluate(job, merged, "control", "control arm: no rewrite, same training")
