@@ -22,7 +22,7 @@ from ctxext.data.facts import make_fact
 from ctxext.data.positions import consecutive_positions, skip_wise_positions
 from ctxext.data.tokenize import TokenStream
 from ctxext.errors import UsageError
-from ctxext.recipe.schema import DataBlock
+from ctxext.recipe.data import DataBlock
 
 
 @dataclass(frozen=True)

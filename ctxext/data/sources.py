@@ -19,7 +19,7 @@ from datasets.exceptions import DatasetsError
 
 from ctxext.data import words
 from ctxext.errors import ArtefactError
-from ctxext.recipe.schema import SourceBlock
+from ctxext.recipe.data import SourceBlock
 
 _SHUFFLE_BUFFER = 1000
 

@@ -13,7 +13,7 @@ from ctxext.data.boundaries import encode_plain
 from ctxext.data.sources import iter_documents
 from ctxext.errors import ArtefactError
 from ctxext.files import sha256_bytes
-from ctxext.recipe.schema import SourceBlock
+from ctxext.recipe.data import SourceBlock
 
 Progress = Callable[[int, int], None]
 

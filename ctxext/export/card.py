@@ -34,8 +34,9 @@ from ctxext.files import (
     write_text_atomic,
 )
 from ctxext.model.load import ModelSource, resolve_source, short_name
+from ctxext.recipe.data import SourceBlock
 from ctxext.recipe.load import parse_document, validate_document
-from ctxext.recipe.schema import Recipe, SourceBlock
+from ctxext.recipe.schema import Recipe
 from ctxext.rope.methods import METHODS
 from ctxext.train.adapter import PROVENANCE_NAME, read_provenance
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from ctxext.recipe.base import Block
 
 
-class GatesBlock(BaseModel):
+class GatesBlock(Block):
     """Conditions on the extended arm, checked after the evaluation; one that is not met ends the run with exit code 6.
 
     Attributes:
@@ -18,8 +20,6 @@ class GatesBlock(BaseModel):
         by: `bound` judges by the worse end of the 95% interval, `estimate` by the point estimate; `better_than` is a
             test in any case.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     tail: Annotated[float, Field(ge=-1.0, le=1.0)] | None = None
     effective_length: Annotated[int, Field(gt=0)] | None = None

@@ -4,24 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from ctxext.recipe.base import Block, PositiveInt, Seed
+from ctxext.recipe.data import DataBlock
 from ctxext.recipe.gates import GatesBlock
 from ctxext.rope.methods import AnyRopeMethod, Yarn
 
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-PositiveInt = Annotated[int, Field(gt=0)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
-
 _CHECKPOINTING_ABOVE_TOKENS = 4096
-_DEFAULT_CHUNKS = 2
 
 
-class _Block(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class ModelBlock(_Block):
+class ModelBlock(Block):
     """Which model.
 
     Attributes:
@@ -38,95 +31,7 @@ class ModelBlock(_Block):
     description: str | None = None
 
 
-class WindowsBlock(_Block):
-    """Training rows.
-
-    Attributes:
-        mode: `full-length` (every row spans the target length) or `skip-wise` (PoSE: short rows whose chunks lie far
-            apart in position; the low-resource mode).
-        length: tokens a row; the target length when left out (full-length only).
-        chunks: how many runs of consecutive positions a skip-wise row has.
-    """
-
-    mode: Literal["full-length", "skip-wise"] = "full-length"
-    length: PositiveInt | None = None
-    chunks: Annotated[int, Field(ge=2, le=16)] = _DEFAULT_CHUNKS
-
-    @model_validator(mode="after")
-    def _fields_belong_to_mode(self) -> WindowsBlock:
-        if self.mode == "skip-wise" and self.length is None:
-            raise ValueError("skip-wise windows need windows.length (tokens a row)")
-        if self.mode == "full-length" and self.length is not None:
-            raise ValueError("full-length windows span target_length; leave windows.length out or use mode: skip-wise")
-        if self.mode == "full-length" and self.chunks != _DEFAULT_CHUNKS:
-            raise ValueError("full-length windows have no gaps; leave windows.chunks out or use mode: skip-wise")
-        if self.length is not None and self.length < self.chunks:
-            raise ValueError(f"a window of {self.length} tokens cannot have {self.chunks} chunks")
-        return self
-
-
-class SourceBlock(_Block):
-    """One source of training text.
-
-    Attributes:
-        kind: `python-stdlib` (docstrings and sources of this Python, without its documentation topics), `text` (files),
-            `dataset` (anything that Hugging Face `datasets` streams: a hub id, or `json`, `parquet`, `csv` with paths),
-            `generated-words` (seeded sentences of common words).
-        paths: files or glob patterns, for `text`; data files, for `dataset`.
-        name, split, text_field, revision: of a `dataset`.
-        weight: share of the documents' tokens, relative to the other sources.
-    """
-
-    kind: Literal["python-stdlib", "text", "dataset", "generated-words"]
-    paths: list[str] = []
-    name: str | None = None
-    split: str = "train"
-    text_field: str = "text"
-    revision: str | None = None
-    weight: Annotated[float, Field(gt=0)] = 1.0
-
-    @model_validator(mode="after")
-    def _fields_belong_to_kind(self) -> SourceBlock:
-        if self.kind == "text" and not self.paths:
-            raise ValueError("kind: text needs paths")
-        if self.kind not in ("text", "dataset") and self.paths:
-            raise ValueError(f"kind: {self.kind} takes no paths; kind: text does")
-        if (self.kind == "dataset") != (self.name is not None):
-            raise ValueError("kind: dataset needs a name (a hub id, or json, parquet, csv), and only it takes one")
-        return self
-
-
-class FactsBlock(_Block):
-    """Synthetic retrieval data mixed into training windows, declared because it trains retrieval, not extension.
-
-    Attributes:
-        share: share of the windows that carry facts and questions about them.
-        style: `records` (wordings, keys and values unlike every evaluation task) or `passkey` (the evaluation's own
-            wording; for the tiny demonstration model only).
-        per_window: facts in one such window, each asked once.
-    """
-
-    share: Share
-    style: Literal["records", "passkey"] = "records"
-    per_window: Annotated[int, Field(ge=1, le=8)] = 1
-
-    @model_validator(mode="after")
-    def _one_passkey(self) -> FactsBlock:
-        if self.style == "passkey" and self.per_window > 1:
-            raise ValueError("a question for the pass key has one answer; per_window above 1 needs style: records")
-        return self
-
-
-class DataBlock(_Block):
-    """What is trained on."""
-
-    sources: Annotated[list[SourceBlock], Field(min_length=1)] = [SourceBlock(kind="python-stdlib")]
-    windows: WindowsBlock = WindowsBlock()
-    facts: FactsBlock | None = None
-    seed: Seed = 0
-
-
-class LoraBlock(_Block):
+class LoraBlock(Block):
     """Low-rank adaptation (Hu et al. 2021, arXiv:2106.09685) by peft."""
 
     rank: PositiveInt = 16
@@ -135,7 +40,7 @@ class LoraBlock(_Block):
     targets: Literal["all-linear"] | list[str] = "all-linear"
 
 
-class TrainBlock(_Block):
+class TrainBlock(Block):
     """The optimisation.
 
     Attributes:
@@ -157,7 +62,7 @@ class TrainBlock(_Block):
     activation_checkpointing: Literal["auto"] | bool = "auto"
     checkpoint_every: PositiveInt | None = None
     keep_checkpoints: PositiveInt = 2
-    trackers: list[Literal["tensorboard"]] = ["tensorboard"]
+    trackers: list[Literal["tensorboard"]] = Field(default_factory=lambda: ["tensorboard"])
     seed: Seed = 0
 
     def uses_activation_checkpointing(self, window_tokens: int) -> bool:
@@ -167,7 +72,7 @@ class TrainBlock(_Block):
         return self.activation_checkpointing
 
 
-class EvaluationBlock(_Block):
+class EvaluationBlock(Block):
     """What is measured.
 
     Attributes:
@@ -202,7 +107,7 @@ class EvaluationBlock(_Block):
         return self
 
 
-class Recipe(_Block):
+class Recipe(Block):
     """The whole job.
 
     Attributes:

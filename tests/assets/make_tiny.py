@@ -38,7 +38,7 @@ from ctxext.evaluation.haystack import HaystackReader, load_haystack
 from ctxext.evaluation.prompt import PromptBuilder
 from ctxext.evaluation.scoring import number_match
 from ctxext.evaluation.suite import Cell, Sample
-from ctxext.recipe.schema import DataBlock, FactsBlock, SourceBlock
+from ctxext.recipe.data import DataBlock, FactsBlock, SourceBlock
 
 WINDOW = 128
 UNKNOWN, END, PADDING = "<unk>", "<eos>", "<pad>"

@@ -9,7 +9,7 @@ import pytest
 
 from ctxext.data.sources import iter_documents
 from ctxext.errors import ArtefactError
-from ctxext.recipe.schema import SourceBlock
+from ctxext.recipe.data import SourceBlock
 
 
 def write_rows(path: Path, rows: list[dict[str, object]]) -> None:

@@ -19,7 +19,7 @@ from ctxext.data.facts import Fact, make_fact
 from ctxext.data.packing import PackedWindow, WindowBuilder
 from ctxext.data.tokenize import TokenStream, collect_tokens
 from ctxext.errors import UsageError
-from ctxext.recipe.schema import DataBlock, FactsBlock, SourceBlock, WindowsBlock
+from ctxext.recipe.data import DataBlock, FactsBlock, SourceBlock, WindowsBlock
 
 TARGET = 4096
 SKIP_WISE = WindowsBlock(mode="skip-wise", length=512)

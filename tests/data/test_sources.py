@@ -13,7 +13,7 @@ import pytest
 from ctxext.data.sources import TextDocument, _stdlib_files, iter_documents
 from ctxext.errors import ArtefactError
 from ctxext.evaluation.haystack import load_haystack
-from ctxext.recipe.schema import SourceBlock
+from ctxext.recipe.data import SourceBlock
 
 STDLIB = SourceBlock(kind="python-stdlib")
 GENERATED = SourceBlock(kind="generated-words")

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from ctxext.data.boundaries import SentenceEnds
 from ctxext.data.tokenize import TokenStream, collect_tokens, id_type
 from ctxext.errors import ArtefactError
-from ctxext.recipe.schema import SourceBlock
+from ctxext.recipe.data import SourceBlock
 
 GENERATED = SourceBlock(kind="generated-words")
 

@@ -39,8 +39,9 @@ from ctxext.pipeline.extend import extend
 from ctxext.pipeline.report import gather
 from ctxext.pipeline.run_folder import RunFolder
 from ctxext.pipeline.verify import verify_checkpoint
+from ctxext.recipe.data import SourceBlock
 from ctxext.recipe.load import parse_document, validate_document
-from ctxext.recipe.schema import Recipe, SourceBlock
+from ctxext.recipe.schema import Recipe
 
 HOSTILE = (
     "kind </td><script>alert(1)</script> <!-- c --> | a | [x](http://evil.example) ![i](http://evil.example/i.png)\n\n"

@@ -8,8 +8,9 @@ import pytest
 from pydantic import ValidationError
 
 from ctxext.errors import RecipeError
+from ctxext.recipe.data import DataBlock, WindowsBlock
 from ctxext.recipe.load import parse_document, to_yaml, validate_document
-from ctxext.recipe.schema import DataBlock, Recipe, TrainBlock, WindowsBlock
+from ctxext.recipe.schema import Recipe, TrainBlock
 from ctxext.rope.methods import NoRewrite, Yarn
 
 MINIMAL = "model: {source: some/model}\ntarget_length: 4096\n"
