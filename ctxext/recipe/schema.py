@@ -12,6 +12,11 @@ from ctxext.recipe.gates import GatesBlock
 from ctxext.rope.methods import AnyRopeMethod, Yarn
 
 _CHECKPOINTING_ABOVE_TOKENS = 4096
+Tracker = Literal["tensorboard"]
+
+
+def _tensorboard() -> list[Tracker]:
+    return ["tensorboard"]
 
 
 class ModelBlock(Block):
@@ -62,7 +67,7 @@ class TrainBlock(Block):
     activation_checkpointing: Literal["auto"] | bool = "auto"
     checkpoint_every: PositiveInt | None = None
     keep_checkpoints: PositiveInt = 2
-    trackers: list[Literal["tensorboard"]] = Field(default_factory=lambda: ["tensorboard"])
+    trackers: list[Tracker] = Field(default_factory=_tensorboard)
     seed: Seed = 0
 
     def uses_activation_checkpointing(self, window_tokens: int) -> bool:
