@@ -34,7 +34,17 @@ class SentenceEnds:
         right = bisect.bisect_left(places, wanted)
         return min(places[max(right - 1, 0) : right + 1], key=lambda place: (abs(place - wanted), place))
 
+    def last_before(self, ids: Sequence[int], limit: int, floor: int) -> int:
+        """The last place in (floor, limit] behind a sentence end; `limit` where there is none."""
+        return next((place for place in range(limit, floor, -1) if self.is_end(int(ids[place - 1]))), limit)
+
 
 def encode_plain(tokenizer: Any, text: str) -> list[int]:
     """Token ids of `text` without special tokens."""
     return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+
+def leading_marker(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts before every text by itself: BOS for Llama, nothing for SmolLM2."""
+    marked, plain = list(tokenizer("a").input_ids), encode_plain(tokenizer, "a")
+    return marked[: next((i for i in range(len(marked)) if marked[i : i + len(plain)] == plain), 0)]

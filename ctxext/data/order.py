@@ -36,3 +36,35 @@ def windows_after(cursor: Cursor, count: int, num_windows: int) -> list[tuple[in
             orders[epoch] = window_order(cursor.seed, epoch, num_windows)
         chosen.append((epoch, orders[epoch][place]))
     return chosen
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which process of how many."""
+
+    process_index: int = 0
+    num_processes: int = 1
+
+
+def share_of(count: int, share: Share, costs: list[int] | None = None) -> list[int]:
+    """The places in [0, count) that one process takes: all places are taken once, and every process takes as many.
+
+    Without costs every `num_processes`-th place. With them the sums are evened out: the costliest goes to the process
+    with the least to do that still takes any (Graham 1969), so that none waits long for the others.
+
+    Raises:
+        ValueError: the places cannot be shared equally.
+    """
+    if count % share.num_processes:
+        raise ValueError(f"{count} windows cannot be shared equally by {share.num_processes} processes")
+    if costs is None:
+        return list(range(share.process_index, count, share.num_processes))
+    taken: list[list[int]] = [[] for _ in range(share.num_processes)]
+    sums = [0] * share.num_processes
+    for place in sorted(range(count), key=lambda place: (-costs[place], place)):
+        open_ones = [process for process in range(share.num_processes) if len(taken[process]) < count // len(taken)]
+        process = min(open_ones, key=lambda process: (sums[process], process))
+        taken[process].append(place)
+        sums[process] += costs[place]
+    # Costliest first for every process: passes that run at the same time then cost about the same too.
+    return taken[share.process_index]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
+from ctxext.errors import CtxextError
 from ctxext.recipe.base import Block, PositiveInt, Seed, Share
 
 _DEFAULT_CHUNKS = 2
+# The value of `data.cache` that means no cache.
+STREAMED = "none"
 _FILE_KINDS = ("text", "code", "tokens")
 
 
@@ -49,6 +52,10 @@ class WindowsBlock(Block):
             raise ValueError("full-length windows span target_length; leave windows.length out or use mode: skip-wise")
         if self.mode == "full-length" and (self.chunks != _DEFAULT_CHUNKS or self.skips != "uniform"):
             raise ValueError("full-length windows have no gaps; leave windows.chunks and skips out or use skip-wise")
+        if self.skips == "full-range" and self.chunks < 3:
+            raise ValueError(
+                "skips: full-range with 2 chunks never shows the middle of the target length; use chunks: 3 or more"
+            )
         if self.length is not None and self.length < self.chunks:
             raise ValueError(f"a window of {self.length} tokens cannot have {self.chunks} chunks")
         return self
@@ -159,11 +166,12 @@ class DataBlock(Block):
     """What is trained on.
 
     Attributes:
-        preset: a mixture from the literature instead of sources, see `ctxext list data-presets`.
+        preset: a mixture from the literature, see `ctxext list data-presets`; its sources then stand in `sources`.
         length: length-aware sampling.
         contamination: what happens when training text holds what the evaluation asks about: `refuse`, `exclude`
             (documents that overlap are left out, with counts) or `report`.
-        cache: folder of tokenised sources; below the user's cache folder when left out.
+        cache: folder of tokenised sources; below the user's cache folder when left out. `none` stores nothing: windows
+            are made while training, for text that no disk holds (see `ctxext.data.streaming`).
         seed: of orders, windows, facts.
     """
 
@@ -177,3 +185,40 @@ class DataBlock(Block):
     contamination: Literal["refuse", "exclude", "report"] = "report"
     cache: str | None = None
     seed: Seed = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset_gives_sources(cls, values: Any) -> Any:
+        name = values.get("preset") if isinstance(values, dict) else None
+        if not isinstance(name, str):
+            return values
+        from ctxext.recipe.presets import preset_sources  # it is made of this module's blocks
+
+        try:
+            sources = preset_sources(name)
+        except CtxextError:
+            return values  # `_preset_exists` says it, on the right line
+        given = values.get("sources")
+        if given is not None and _as_blocks(given) != _as_blocks(sources):
+            raise ValueError(f"preset: {name} names the sources; leave out preset or sources")
+        return {**values, "sources": sources}
+
+    @field_validator("preset")
+    @classmethod
+    def _preset_exists(cls, name: str | None) -> str | None:
+        if name is not None:
+            from ctxext.recipe.presets import load_preset
+
+            try:
+                load_preset(name)
+            except CtxextError as error:
+                raise ValueError(str(error)) from error
+        return name
+
+
+def _as_blocks(sources: Any) -> list[SourceBlock] | None:
+    """Sources as blocks, None when they are not of that form."""
+    try:
+        return [SourceBlock.model_validate(source) for source in sources]
+    except (TypeError, ValidationError):
+        return None

@@ -1,7 +1,7 @@
 """Training checkpoints: only what trains, written atomically with checksums; the older one is removed after the commit.
 
 A checkpoint holds adapter, optimizer moments, random state of every process and the step. Learning rate and data order
-are pure functions of the step, so they need no state.
+are pure functions of the step, so they need no state; where streamed sources stand is not, and is stored.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ class Checkpoint:
     adapter: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     random_states: dict[str, Tensor]
+    stream_state: dict[str, Any] | None = None
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -74,6 +75,7 @@ def save_checkpoint(
     optimizer: dict[str, Tensor],
     random_states: dict[str, Tensor],
     keep: int,
+    stream_state: dict[str, Any] | None = None,
 ) -> Path:
     """Write a checkpoint, then remove the oldest beyond `keep`.
 
@@ -90,6 +92,8 @@ def save_checkpoint(
         write_tensors(partial / "optimizer.safetensors", optimizer)
         write_tensors(partial / "random.safetensors", random_states)
         write_json_atomic(partial / "state.json", asdict(state))
+        if stream_state is not None:
+            write_json_atomic(partial / "stream.json", stream_state)
         write_manifest(partial)
     folders = _checkpoint_folders(folder)
     newest = folders.index(path) + 1
@@ -121,6 +125,7 @@ def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
                     read_tensors(path / "adapter.safetensors"),
                     read_tensors(path / "optimizer.safetensors"),
                     read_tensors(path / "random.safetensors"),
+                    read_json(path / "stream.json") if (path / "stream.json").exists() else None,
                 ),
                 messages,
             )

@@ -28,22 +28,28 @@ class SummedLoss(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, learned: Tensor | None = None, isolated: bool = False
+    ) -> Tensor:
         """Sum over all targets.
 
         Args:
             input_ids: [B, S].
             position_ids: [B, S]; jumps are allowed.
+            learned: [B, S] whether a token counts as a target; all of them when None.
+            isolated: tokens see their own document only; documents begin where positions do not go on.
         """
         base = self.model.get_base_model()
         parts = DecoderHead(base)
         # An explicit all-ones mask: without one transformers takes a jump in the positions for a document boundary and
-        # hides everything before it. With it, SDPA still gets no mask at all and runs its causal flash kernel.
-        hidden = parts.hidden_states(
-            input_ids, position_ids=position_ids, attention_mask=torch.ones_like(input_ids), use_cache=False
-        )
+        # hides everything before it. With it, SDPA still gets no mask at all and runs its causal flash kernel. Isolated
+        # documents are what that boundary is for; it costs a mask of S x S.
+        mask = None if isolated else torch.ones_like(input_ids)
+        hidden = parts.hidden_states(input_ids, position_ids=position_ids, attention_mask=mask, use_cache=False)
         targets = torch.full_like(input_ids, IGNORE_INDEX)
         targets[:, :-1] = input_ids[:, 1:]
+        if learned is not None:
+            targets[:, :-1].masked_fill_(~learned[:, 1:], IGNORE_INDEX)
         return token_losses(hidden.flatten(0, 1), parts.head, targets.flatten()).sum()
 
 
@@ -70,21 +76,20 @@ def run_step(
         DivergedError: a loss or gradient is not finite on any process; parameters are as before.
     """
     device = accelerator.device
-    counts = torch.tensor([sum(len(window.input_ids) - 1 for window in windows)], device=device)
-    num_targets = int(accelerator.reduce(counts, "sum").item())
+    counts = torch.tensor([sum(window.num_targets for window in windows)], device=device)
+    num_targets = max(int(accelerator.reduce(counts, "sum").item()), 1)
     summed = torch.zeros((), dtype=torch.float32, device=device)
     batches = [windows[i : i + windows_per_device] for i in range(0, len(windows), windows_per_device)]
     for number, batch in enumerate(batches):
-        ids = torch.tensor([window.input_ids for window in batch], device=device)
-        positions = torch.tensor([window.position_ids for window in batch], device=device)
+        inputs = _model_inputs(batch, device)
         last = number == len(batches) - 1
         with torch.enable_grad():
             if last:
-                loss = model(ids, positions)
+                loss = model(**inputs)
                 accelerator.backward(loss * (accelerator.num_processes / num_targets))
             else:
                 with accelerator.no_sync(model):
-                    loss = model(ids, positions)
+                    loss = model(**inputs)
                     accelerator.backward(loss * (accelerator.num_processes / num_targets))
         summed += loss.detach()
     mean_loss = float(accelerator.reduce(summed, "sum").item()) / num_targets
@@ -101,6 +106,20 @@ def run_step(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return StepResult(mean_loss, grad_norm, num_targets)
+
+
+def _model_inputs(batch: list[PackedWindow], device: torch.device) -> dict[str, Any]:
+    """Arguments of `SummedLoss.forward`."""
+    positions = torch.tensor([window.position_ids for window in batch])
+    masked = any(window.learned is not None for window in batch)
+    learned = torch.tensor([window.learned or [True] * len(window.input_ids) for window in batch]) if masked else None
+    return {
+        "input_ids": torch.tensor([window.input_ids for window in batch], device=device),
+        "position_ids": positions.to(device),
+        "learned": learned.to(device) if learned is not None else None,
+        # Positions of one document ascend, also where they skip.
+        "isolated": bool((positions.diff(dim=-1) < 1).any()),
+    }
 
 
 def learning_rate_at(step: int, steps: int, peak: float, warmup: float) -> float:

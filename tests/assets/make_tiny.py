@@ -33,7 +33,7 @@ from ctxext.data.order import Cursor, windows_after
 from ctxext.data.packing import WindowBuilder
 from ctxext.data.tokenize import collect_tokens
 from ctxext.data.words import WORDS
-from ctxext.evaluation.engine import Answerer
+from ctxext.evaluation.answerer import Answerer
 from ctxext.evaluation.haystack import HaystackReader, load_haystack
 from ctxext.evaluation.prompt import PromptBuilder
 from ctxext.evaluation.scoring import number_match

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import random
+
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ctxext.data.order import Cursor, window_order, windows_after
+from ctxext.data.order import Cursor, Share, share_of, window_order, windows_after
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -48,3 +51,33 @@ def test_the_order_of_a_released_version_stays() -> None:
 def test_no_windows_cannot_be_ordered() -> None:
     with pytest.raises(ValueError, match="no windows"):
         windows_after(Cursor(0, 0), 1, 0)
+
+
+@given(each=st.integers(1, 12), num_processes=st.integers(1, 8), costs=st.booleans(), seed=seeds)
+def test_processes_share_all_windows_without_overlap(each: int, num_processes: int, costs: bool, seed: int) -> None:
+    count = each * num_processes
+    drawn = random.Random(seed).choices(range(1, 1000), k=count) if costs else None
+    taken = [share_of(count, Share(index, num_processes), drawn) for index in range(num_processes)]
+    assert sorted(place for places in taken for place in places) == list(range(count))
+    assert all(len(places) == each for places in taken)
+
+
+def test_without_costs_every_nth_window_is_taken() -> None:
+    assert share_of(8, Share(1, 4)) == [1, 5]
+
+
+def test_costs_are_evened_out() -> None:
+    rng = random.Random(0)
+    plain, even = [], []
+    for _ in range(50):
+        costs = [rng.choice((1, 10, 100)) * rng.randint(1, 9) for _ in range(32)]
+        for worst, given_costs in ((plain, None), (even, costs)):
+            sums = [sum(costs[place] for place in share_of(32, Share(index, 4), given_costs)) for index in range(4)]
+            worst.append(max(sums) / (sum(sums) / 4))
+    assert np.mean(plain) > 1.3
+    assert np.mean(even) < 1.05
+
+
+def test_windows_that_cannot_be_shared_equally_are_refused() -> None:
+    with pytest.raises(ValueError, match="cannot be shared equally"):
+        share_of(5, Share(0, 2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import numpy as np
@@ -9,7 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ctxext.data.positions import consecutive_positions, skip_wise_positions
+from ctxext.data.positions import (
+    consecutive_positions,
+    restarting_positions,
+    shifted_positions,
+    skip_wise_positions,
+)
+from ctxext.recipe.data import WindowsBlock
 
 
 @st.composite
@@ -70,3 +77,46 @@ def test_impossible_cuts_are_refused(cuts: list[int]) -> None:
 def test_a_window_above_the_target_is_refused() -> None:
     with pytest.raises(ValueError, match="does not fit"):
         skip_wise_positions([5], 10, 9, random.Random(0))
+
+
+@pytest.mark.parametrize("num_chunks", [3, 4])
+def test_full_range_windows_end_at_the_target_and_reach_all_of_it(num_chunks: int) -> None:
+    length, target = 64, 512
+    rng = random.Random(0)
+    seen: set[int] = set()
+    for _ in range(4000):
+        cuts = sorted(rng.sample(range(1, length), num_chunks - 1))
+        positions = skip_wise_positions(cuts, length, target, rng, to_the_end=True)
+        assert positions[-1] == target - 1
+        seen |= set(positions)
+    assert seen == set(range(target))
+
+
+def test_full_range_with_two_chunks_would_leave_the_middle_out_and_is_refused() -> None:
+    length, target = 64, 512
+    rng = random.Random(0)
+    seen = {
+        position
+        for _ in range(2000)
+        for position in skip_wise_positions([rng.randrange(1, length)], length, target, rng, to_the_end=True)
+    }
+    assert not seen & set(range(length, target - length))
+    with pytest.raises(ValueError, match="never shows the middle"):
+        WindowsBlock(mode="skip-wise", length=length, skips="full-range")
+
+
+@given(starts=st.sets(st.integers(0, 49), max_size=8))
+def test_positions_restart_where_documents_begin(starts: set[int]) -> None:
+    positions = restarting_positions(sorted(starts), 50)
+    assert [index for index, position in enumerate(positions) if position == 0] == sorted({0, *starts})
+    assert all(b in (0, a + 1) for a, b in itertools.pairwise(positions))
+    assert len(positions) == 50
+
+
+def test_random_shifts_are_consecutive_and_reach_the_whole_range() -> None:
+    rng = random.Random(0)
+    drawn = [shifted_positions(16, 64, rng) for _ in range(2000)]
+    assert all(np.diff(positions).tolist() == [1] * 15 for positions in drawn)
+    assert {positions[0] for positions in drawn} == set(range(49))
+    with pytest.raises(ValueError, match="does not fit"):
+        shifted_positions(65, 64, rng)

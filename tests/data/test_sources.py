@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from ctxext.data.sources import TextDocument, _stdlib_files, iter_documents
+from ctxext.data.readers.builtin import stdlib_files
+from ctxext.data.sources import TextDocument, iter_documents
 from ctxext.errors import ArtefactError
 from ctxext.evaluation.haystack import load_haystack
 from ctxext.recipe.data import SourceBlock
@@ -39,9 +40,9 @@ def topic_shingles() -> frozenset[int]:
 
 
 def test_the_standard_library_comes_without_haystack_and_tests() -> None:
-    parts = {part for path in _stdlib_files() for part in path.parts}
+    parts = {part for path in stdlib_files() for part in path.parts}
     assert not parts & {"pydoc_data", "test", "tests", "idle_test", "site-packages", "lib2to3", "ensurepip"}
-    assert len(_stdlib_files()) > 300
+    assert len(stdlib_files()) > 300
 
 
 def test_training_text_shares_no_fifty_words_with_the_haystack() -> None:

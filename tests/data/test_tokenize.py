@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from functools import cache
 from pathlib import Path
 
@@ -11,8 +12,18 @@ import pytest
 from support import EOS, byte_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from ctxext.data.boundaries import SentenceEnds
-from ctxext.data.tokenize import TokenStream, collect_tokens, id_type
+from ctxext.data.bad_rows import BadRows
+from ctxext.data.boundaries import SentenceEnds, encode_plain
+from ctxext.data.documents import Message, TextDocument
+from ctxext.data.tokenize import (
+    Encoder,
+    TokenDocument,
+    TokenStream,
+    collect_tokens,
+    id_type,
+    stream_of,
+    tokenizer_fingerprint,
+)
 from ctxext.errors import ArtefactError
 from ctxext.recipe.data import SourceBlock
 
@@ -31,13 +42,20 @@ def files(folder: Path, *texts: str) -> SourceBlock:
 
 
 def documents_of(stream: TokenStream) -> list[str]:
-    bounds = [*stream.document_starts, len(stream.ids)]
-    return [tokenizer().decode(stream.ids[a:b].tolist()) for a, b in itertools.pairwise(bounds)]
+    bounds = [*stream.document_starts, len(stream.flat)]
+    return [tokenizer().decode(stream.flat[a:b].tolist()) for a, b in itertools.pairwise(bounds)]
 
 
 @pytest.mark.parametrize(
     ("vocab_size", "expected"),
-    [(1, np.uint16), (65_535, np.uint16), (65_536, np.uint16), (65_537, np.uint32), (1 << 20, np.uint32)],
+    [
+        (256, np.uint8),
+        (257, np.uint16),
+        (65_536, np.uint16),
+        (65_537, np.uint32),
+        (128_256, np.uint32),
+        (1 << 20, np.uint32),
+    ],
 )
 def test_ids_get_the_smallest_type_that_holds_the_vocabulary(vocab_size: int, expected: type) -> None:
     kind = id_type(vocab_size)
@@ -50,13 +68,13 @@ def test_every_document_stands_whole_between_starts(tmp_path: Path) -> None:
     stream = collect_tokens(tokenizer(), [files(tmp_path, *texts)], 10_000, seed=0)
     assert sorted(documents_of(stream)) == sorted(text + EOS for text in texts)
     assert stream.document_starts[0] == 0
-    assert stream.ids.dtype == np.uint16
+    assert stream.flat.dtype == np.uint16
 
 
 def test_sources_give_their_shares(tmp_path: Path) -> None:
     weighted = [SourceBlock(kind="generated-words", weight=3.0), SourceBlock(kind="generated-words", weight=1.0)]
     stream = collect_tokens(tokenizer(), weighted, 40_000, seed=0)
-    assert len(stream.ids) == sum(stream.tokens_by_source)
+    assert len(stream.flat) == sum(stream.tokens_by_source)
     assert stream.tokens_by_source == (30_001, 10_001)
 
 
@@ -80,15 +98,77 @@ def test_the_stream_is_a_pure_function_of_its_arguments(tmp_path: Path) -> None:
 
 
 def test_the_hash_depends_on_the_ids_and_not_on_their_type() -> None:
-    ids = np.array([1, 2, 3], dtype=np.uint16)
-    starts = np.array([0])
-    same = TokenStream(ids.astype(np.uint32), starts, (3,))
-    assert TokenStream(ids, starts, (3,)).sha256 == same.sha256
-    assert TokenStream(ids[::-1].copy(), starts, (3,)).sha256 != same.sha256
+    def hashed(ids: list[int], dtype: type) -> str:
+        return stream_of([TokenDocument(np.array(ids, dtype=dtype), None, "made")]).sha256
+
+    assert hashed([1, 2, 3], np.uint16) == hashed([1, 2, 3], np.uint32)
+    assert hashed([3, 2, 1], np.uint16) != hashed([1, 2, 3], np.uint16)
+
+
+def test_documents_are_found_by_number(tmp_path: Path) -> None:
+    stream = collect_tokens(tokenizer(), [files(tmp_path, "one.", "second.", "third one.")], 10_000, seed=0)
+    assert stream.lengths.sum() == len(stream.flat)
+    for number, text in enumerate(documents_of(stream)):
+        assert tokenizer().decode(stream.ids(number).tolist()) == text
+        assert stream.learned(number) is None
+        assert stream.origin(number).endswith(".txt") or "txt" in stream.origin(number)
+
+
+def test_batches_give_what_single_texts_give() -> None:
+    rng = random.Random(0)
+    texts = ["", " ", "\n\n", "ä🙂", *("".join(rng.choices("ab .\n", k=rng.randint(0, 40))) for _ in range(1500))]
+    documents = [(number, TextDocument(str(number), text)) for number, text in enumerate(texts)]
+    read = [pair for batch in Encoder(tokenizer()).batches(iter(documents), BadRows()) for pair in batch.documents]
+    assert [mark for mark, _ in read] == list(range(len(texts)))
+    for (_, document), text in zip(read, texts, strict=True):
+        assert document.ids.tolist() == [*encode_plain(tokenizer(), text), tokenizer().eos_token_id]
+
+
+def test_a_vocabulary_with_holes_gets_a_type_that_holds_its_highest_id() -> None:
+    class WithHoles:
+        eos_token_id = 70_000
+
+        def get_vocab(self) -> dict[str, int]:
+            return {"a": 0, "end": 70_000}
+
+        def __len__(self) -> int:
+            return 2
+
+    assert Encoder(WithHoles()).dtype is np.uint32
+
+
+def test_only_what_the_assistant_says_is_learned() -> None:
+    chat = byte_tokenizer()
+    chat.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    messages = (Message("user", "how many?"), Message("assistant", "three."), Message("user", "sure?"))
+    (document,) = Encoder(chat).encode([TextDocument("chat", "", messages)], BadRows())
+    assert document is not None
+    assert document.learned is not None
+    learned = [token for token, kept in zip(document.ids.tolist(), document.learned, strict=True) if kept]
+    assert chat.decode(learned).strip() == "three."
+    assert document.ids[-1] == chat.eos_token_id
+    assert not document.learned[-1]
+
+
+def test_ids_beyond_the_vocabulary_are_refused() -> None:
+    document = TextDocument("made", "", ids=np.array([1, 300], dtype=np.uint16))
+    with pytest.raises(ArtefactError, match="300"):
+        Encoder(tokenizer()).encode([document], BadRows())
+
+
+def test_tokenizers_that_give_other_ids_have_other_fingerprints() -> None:
+    plain, other_end, template = byte_tokenizer(), byte_tokenizer(), byte_tokenizer()
+    other_end.eos_token = "a"
+    template.chat_template = "{{ messages }}"
+    assert tokenizer_fingerprint(plain) == tokenizer_fingerprint(byte_tokenizer())
+    assert len({tokenizer_fingerprint(each) for each in (plain, other_end, template)}) == 3
 
 
 def test_sources_without_any_text_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ArtefactError, match="hold no text"):
+    with pytest.raises(ArtefactError, match="no usable document"):
         collect_tokens(tokenizer(), [files(tmp_path, "  \n")], 100, seed=0)
 
 
@@ -96,7 +176,7 @@ def test_progress_reaches_the_end() -> None:
     seen: list[tuple[int, int]] = []
     collect_tokens(tokenizer(), [GENERATED], 5_000, seed=0, progress=lambda done, total: seen.append((done, total)))
     assert seen == sorted(seen)
-    assert seen[-1][0] >= seen[-1][1] == 5_000
+    assert seen[-1][0] >= seen[-1][1] >= 5_000
 
 
 def test_insertion_places_lie_behind_sentences() -> None:

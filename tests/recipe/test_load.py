@@ -32,7 +32,7 @@ model:
 target_length: 4096
 """
 
-SHIPPED_RECIPES = sorted(shipped_directory("recipes").rglob("*.yaml"))
+SHIPPED_RECIPES = sorted(shipped_directory("recipes").glob("*.yaml"))
 SHIPPED_SUITES = sorted(shipped_directory("evals").joinpath("suites").rglob("*.yaml"))
 
 
