@@ -11,13 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from ctxext.errors import UsageError
+from ctxext.evaluation.backend import Answer, SelfCheck, Work, is_out_of_memory
+from ctxext.evaluation.fast import MOST_GUESSED, Lookup
+from ctxext.evaluation.prompt import Prompt
+from ctxext.evaluation.self_check import self_check
 from ctxext.evaluation.trunk import (
     frequencies_grow,
     kept_lengths,
@@ -30,30 +34,20 @@ from ctxext.model.attention import running_kernels
 from ctxext.model.cache import RewindableCache
 from ctxext.model.causal import supports_chunked, using_chunked
 from ctxext.model.loss import DecoderHead, token_losses
+from ctxext.model.placement import input_device
+from ctxext.rope.families import text_config
+
+__all__ = ["Answer", "Answerer", "Work", "stop_ids"]
 
 PREFILL_CHUNK = 1024
 # Prompt tokens that are answered together; only prompts that fit into one prefill chunk share a batch.
 BATCH_TOKENS = 4096
+GPU_BATCH_TOKENS = 65536
+_USED_PART = 0.8
 # Positions whose logits exist at a time: 48 MiB in float32 with 49,152 words.
 _LOSS_TOKENS = 256
 
-
-@dataclass(frozen=True)
-class Answer:
-    """Greedy continuation of a prompt and the prompt's own next-token losses [S - 1] ([0] when not measured)."""
-
-    ids: list[int]
-    losses: Tensor
-
-
-@dataclass
-class Work:
-    """What was computed: `num_prefilled` of `num_prompt_tokens`, and answer tokens verified without a pass each."""
-
-    num_prompt_tokens: int = 0
-    num_prefilled: int = 0
-    num_answer_tokens: int = 0
-    num_verified: int = 0
+BatchSize = int | Literal["auto"]
 
 
 class Answerer:
@@ -62,24 +56,52 @@ class Answerer:
     Args:
         model: a causal LM in eval mode.
         chunk_tokens: prompt tokens a prefill step.
+        batch_size: prompts that are answered together; `auto` goes by the machine. Halved when they do not fit.
+
+    Raises:
+        UsageError: a batch size that is none.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, chunk_tokens: int = PREFILL_CHUNK) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, chunk_tokens: int = PREFILL_CHUNK, batch_size: BatchSize = "auto"
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.work = Work()
         self._parts = DecoderHead(model)
-        self._device = model.device
+        self._device = input_device(model)
         self.stop_ids = stop_ids(model, tokenizer)
         self._chunk = chunk_tokens
         self._chunked_attention = supports_chunked(model)
         self._grows = frequencies_grow(model.config)
         self._switch = switching_length(model.config)
-        self._tail: list[int] = []  # what followed the last hoped-for answer: the best guess for the next one
+        self._asked_batch = parse_batch_size(batch_size)
+        self._most_tokens: int | None = None  # in a batch, once more than that did not fit
 
     def batch_size(self, length_tokens: int) -> int:
-        """How many prompts of this length are answered together; one when a prompt fills more than a prefill chunk."""
-        return max(BATCH_TOKENS // length_tokens, 1) if length_tokens <= self._chunk else 1
+        """How many prompts of this length are answered together.
+
+        `auto` on a CPU: as many as fit into a few prefill chunks, one when a prompt is longer than a chunk; on a GPU:
+        as many as the free memory holds caches of.
+        """
+        if self._asked_batch != "auto":
+            size = int(self._asked_batch)
+        elif self._device.type == "cuda":
+            size = _power_of_two_up_to(min(GPU_BATCH_TOKENS, self._tokens_that_fit()) // length_tokens)
+        else:
+            size = BATCH_TOKENS // length_tokens if length_tokens <= self._chunk else 1
+        if self._most_tokens is not None:
+            size = min(size, self._most_tokens // length_tokens)
+        return max(size, 1)
+
+    def _tokens_that_fit(self) -> int:
+        """Tokens whose cache and passing states the free memory of the GPU holds."""
+        config = text_config(self.model.config)
+        free, _ = torch.cuda.mem_get_info(self._device)
+        unused = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
+        passing = 8 * config.hidden_size + 3 * getattr(config, "intermediate_size", 4 * config.hidden_size)
+        bytes_a_token = cache_bytes_a_token(config, self.model.dtype) + self.model.dtype.itemsize * passing
+        return int(_USED_PART * (free + unused) / bytes_a_token)
 
     def reason_against_sharing(self, longest_tokens: int) -> str | None:
         """Why prompts of up to so many tokens (answer included) cannot share a beginning; None when they can."""
@@ -88,6 +110,17 @@ class Answerer:
     def kernels(self) -> list[str]:
         """The attention kernels of a prefill in two chunks, as PyTorch dispatches them."""
         return running_kernels(_InChunks(self))
+
+    def self_check(self, prompt: Prompt, answer: Answer | None = None) -> SelfCheck:
+        """Compare an answer (made here when not given) with plain `generate`'s."""
+        return self_check(self, prompt, answer)
+
+    def identity(self) -> dict[str, Any]:
+        """RoPE and precision."""
+        return {
+            "rope_parameters": getattr(text_config(self.model.config), "rope_parameters", None),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+        }
 
     def answer(
         self,
@@ -119,13 +152,30 @@ class Answerer:
         """
         if len({len(prompt) for prompt in prompts}) != 1:
             raise ValueError(f"prompts of one length expected, got lengths {sorted({len(p) for p in prompts})}")
+        try:
+            return self._together(prompts, max_new_tokens, measure_loss, hoped_for)
+        except (RuntimeError, MemoryError) as error:
+            if len(prompts) > 1 and is_out_of_memory(error):
+                self._most_tokens = len(prompts) * len(prompts[0]) // 2
+            raise
+
+    def _together(
+        self,
+        prompts: list[list[int]],
+        max_new_tokens: int,
+        measure_loss: bool,
+        hoped_for: Sequence[Sequence[int]],
+    ) -> list[Answer]:
         ids = torch.tensor(prompts, device=self._device)
         cache = RewindableCache(self.model.config, ids.shape[1] + max_new_tokens)
         self.forget_lengths()
         guesses = self._guesses(cache, hoped_for, ids.shape[1], max_new_tokens)
         hidden, losses = self._prefill(ids, guesses, cache, measure_loss)
-        answers = self._decode(hidden, guesses, cache, max_new_tokens)
-        self._learn_tail(answers, hoped_for)
+        lookup = None
+        if len(prompts) == 1 and self._may_guess(cache, ids.shape[1], max_new_tokens):
+            lookup = Lookup(ids.shape[1] + max_new_tokens)
+            lookup.add(prompts[0])
+        answers = self._decode(hidden, guesses, cache, max_new_tokens, lookup)
         return [Answer(answer, row) for answer, row in zip(answers, losses, strict=True)]
 
     @torch.inference_mode()
@@ -145,17 +195,26 @@ class Answerer:
         kept = kept_lengths([prompts[number] for number in order])
         cache = RewindableCache(self.model.config, max(map(len, prompts)) + max_new_tokens)
         losses = torch.empty(1, 0)
+        # What followed the last hoped-for answer, and all answers: the best guesses for the next ones. Known to these
+        # prompts only, so that what is computed for them, to the last bit, does not depend on what came before.
+        tail, said = list[int](), list[int]()
         for place, number in enumerate(order):
             ids = torch.tensor([prompts[number]], device=self._device)
-            hopes = hoped_for[number : number + 1]
+            hopes = [[*hope, *tail] if hope else [] for hope in hoped_for[number : number + 1]]
             cache.rewind(kept[place])
             guesses = self._guesses(cache, hopes, ids.shape[1], max_new_tokens)
             returns = lengths_to_remember(kept, place) if cache.forgets else []
             hidden, new_losses = self._prefill(ids, guesses, cache, measure_loss, returns)
             losses = torch.cat([losses[:, : kept[place]], new_losses], dim=1)
-            answers = self._decode(hidden, guesses, cache, max_new_tokens)
-            self._learn_tail(answers, hopes)
-            yield number, Answer(answers[0], losses[0])
+            lookup = Lookup(len(said) + ids.shape[1] + max_new_tokens)
+            for earlier in (said, prompts[number]):
+                lookup.add(earlier)
+            answer = self._decode(hidden, guesses, cache, max_new_tokens, lookup)[0]
+            said += answer
+            for hope in hoped_for[number : number + 1]:
+                if hope and answer[: len(hope)] == list(hope):
+                    tail = answer[len(hope) :]
+            yield number, Answer(answer, losses[0])
 
     def _prefill(
         self, ids: Tensor, guesses: Tensor, cache: RewindableCache, measure_loss: bool, returns: Sequence[int] = ()
@@ -206,19 +265,25 @@ class Answerer:
             pieces.append(token_losses(flat[part], self._parts.head, flat_targets[part]).cpu())
         return torch.cat(pieces).view(targets.shape)
 
-    def _decode(self, hidden: Tensor, guesses: Tensor, cache: RewindableCache, max_new_tokens: int) -> list[list[int]]:
-        """Greedy tokens of every row from the last hidden states of prompt and guesses [B, 1 + G, D]."""
-        tokens = self._parts.head(hidden).argmax(-1)
-        # Rows advance together, so all keep what the least lucky one has verified.
-        agreed = int((tokens[:, :-1] == guesses).all(dim=0).long().cumprod(0).sum())
-        if guesses.shape[1]:
-            cache.drop(guesses.shape[1] - agreed)
-            cache.keep_last(False)
-        tokens = tokens[:, : agreed + 1]
-        self.work.num_verified += agreed * len(tokens)
-        answers: list[list[int]] = [[] for _ in tokens]
+    def _decode(
+        self, hidden: Tensor, guesses: Tensor, cache: RewindableCache, max_new_tokens: int, lookup: Lookup | None = None
+    ) -> list[list[int]]:
+        """Greedy tokens of every row from the last hidden states of prompt and guesses [B, 1 + G, D].
+
+        Args:
+            lookup: guesses how a single row goes on.
+        """
+        answers: list[list[int]] = [[] for _ in hidden]
         going = set(range(len(answers)))
         while True:
+            tokens = self._parts.head(hidden).argmax(-1).to(self._device)
+            # Rows advance together, so all keep what the least lucky one has verified.
+            agreed = int((tokens[:, :-1] == guesses).all(dim=0).long().cumprod(0).sum())
+            if guesses.shape[1]:
+                cache.drop(guesses.shape[1] - agreed)
+                cache.keep_last(False)
+            tokens = tokens[:, : agreed + 1]
+            self.work.num_verified += agreed * len(tokens)
             for column in tokens.T.tolist():
                 for row in sorted(going):
                     answers[row].append(column[row])
@@ -227,23 +292,28 @@ class Answerer:
             if not going:
                 self.work.num_answer_tokens += sum(map(len, answers))
                 return answers
-            tokens = self._parts.head(self._forward(tokens[:, -1:], cache)[:, -1:]).argmax(-1)
+            found: list[int] = []
+            if lookup is not None:
+                lookup.add(tokens[0].tolist())
+                found = lookup.guess(min(MOST_GUESSED, max_new_tokens - len(answers[0]) - 1))
+                cache.keep_last(bool(found))
+            guesses = torch.tensor([found] * len(tokens), dtype=torch.long, device=self._device).view(len(tokens), -1)
+            piece = torch.cat([tokens[:, -1:], guesses], dim=1)
+            hidden = self._forward(piece, cache)[:, -piece.shape[1] :]
 
     def _guesses(
         self, cache: RewindableCache, hoped_for: Sequence[Sequence[int]], length: int, max_new_tokens: int
     ) -> Tensor:
         """Answer tokens [B, G] to verify together with the prompt; G is 0 where that would not be exact."""
-        crosses = self._switch is not None and length <= self._switch < length + max_new_tokens
-        if not hoped_for or self._grows or crosses or cache.obstacle is not None:
+        if not hoped_for or not self._may_guess(cache, length, max_new_tokens):
             return torch.empty(max(len(hoped_for), 1), 0, dtype=torch.long, device=self._device)
-        rows = [[*hope, *self._tail] if hope else [] for hope in hoped_for]
-        size = min(max_new_tokens - 1, *map(len, rows))
-        return torch.tensor([row[:size] for row in rows], dtype=torch.long, device=self._device)
+        size = min(max_new_tokens - 1, *map(len, hoped_for))
+        return torch.tensor([list(row[:size]) for row in hoped_for], dtype=torch.long, device=self._device)
 
-    def _learn_tail(self, answers: list[list[int]], hoped_for: Sequence[Sequence[int]]) -> None:
-        for answer, hope in zip(answers, hoped_for, strict=False):
-            if hope and answer[: len(hope)] == list(hope):
-                self._tail = answer[len(hope) :]
+    def _may_guess(self, cache: RewindableCache, length: int, max_new_tokens: int) -> bool:
+        """Whether several answer tokens can be run together and some of them taken back."""
+        crosses = self._switch is not None and length <= self._switch < length + max_new_tokens
+        return not (self._grows or crosses or cache.obstacle is not None)
 
     def _forward(self, ids: Tensor, cache: RewindableCache) -> Tensor:
         with using_chunked(self.model) if self._chunked_attention else nullcontext():
@@ -261,7 +331,7 @@ class _InChunks:
 
     def __init__(self, answerer: Answerer) -> None:
         self._answerer = answerer
-        self.device = answerer.model.device
+        self.device = answerer._device
 
     def get_decoder(self) -> Any:
         return self._run
@@ -270,6 +340,34 @@ class _InChunks:
         cache = RewindableCache(self._answerer.model.config, input_ids.shape[1])
         for piece in input_ids.chunk(2, dim=1):
             self._answerer._forward(piece, cache)
+
+
+def parse_batch_size(asked: int | str) -> BatchSize:
+    """A number of prompts, or `auto`; also as text, as it stands on a command line.
+
+    Raises:
+        UsageError: something else.
+    """
+    if asked == "auto":
+        return "auto"
+    try:
+        size = 0 if isinstance(asked, (bool, float)) else int(asked)
+    except (TypeError, ValueError):
+        size = 0
+    if size < 1:
+        raise UsageError("no batch size", where="batch_size", got=asked, expected="'auto' or a whole number from 1")
+    return size
+
+
+def _power_of_two_up_to(number: int) -> int:
+    return 1 << (number.bit_length() - 1) if number > 0 else 1
+
+
+def cache_bytes_a_token(config: Any, dtype: torch.dtype) -> int:
+    """Keys and values of one token in all layers."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * config.num_hidden_layers * heads * head_dim * dtype.itemsize)
 
 
 def stop_ids(model: Any, tokenizer: Any) -> set[int]:

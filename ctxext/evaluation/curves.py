@@ -1,4 +1,4 @@
-"""Loss by position, accuracy by length and by depth as pictures, one line an arm.
+"""Loss and perplexity by position, accuracy by length and by depth as pictures, one line an arm.
 
 Arms of one panel are compared only over prompts that all of them answered: another text has another loss. Each point
 averages all of these prompts that are long enough to reach it, so the far end rests on the long prompts alone. Live
@@ -19,18 +19,19 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MultipleLocator
 
-from ctxext.evaluation.conclusions import Arm, block_spans
+from ctxext.evaluation.arms import Arm, block_spans
+from ctxext.evaluation.cells import length_label
 from ctxext.evaluation.heatmap import (
     RECORDED_MARK,
     Picture,
     draw_boundaries,
     draw_boundary,
+    draw_footnote,
     drawing_style,
-    length_label,
     render,
 )
-from ctxext.evaluation.statistics import MeanScore, Proportion
-from ctxext.evaluation.store import SampleResult, by_length
+from ctxext.evaluation.statistics import MeanScore
+from ctxext.evaluation.store import SampleResult
 from ctxext.evaluation.tables import score_of
 
 # Colours of Okabe and Ito, told apart with every common kind of colour blindness; dash and marker repeat the message.
@@ -51,6 +52,7 @@ _OTHER_LINES = (
 _MUTED = "#59636e"
 _NUM_MARKERS = 8
 _FAR_FACTOR = 1.5
+_LARGEST_LOSS = 700.0  # beyond it a float has no exponential
 
 
 def common_prompts(arms: Sequence[Arm]) -> set[str]:
@@ -83,7 +85,14 @@ def comparable_panels(arms: Sequence[Arm]) -> list[list[Arm]]:
     return groups
 
 
-def loss_by_position(arms: Sequence[Arm], *, original_length: int, target_length: int) -> Picture:
+def has_losses(arms: Sequence[Arm]) -> bool:
+    """Whether any sample has losses to draw."""
+    return any(sample.loss_blocks for arm in arms for sample in arm.scored)
+
+
+def loss_by_position(
+    arms: Sequence[Arm], *, original_length: int, target_length: int, footnote: str | None = None
+) -> Picture:
     """Draw the mean next-token loss over the position in the context.
 
     Raises:
@@ -103,11 +112,54 @@ def loss_by_position(arms: Sequence[Arm], *, original_length: int, target_length
         plural = "s" * (len(shared) != 1)
         return f"{len(shared)} common prompt{plural}" if shared else "no prompt with losses in common"
 
-    return _figure("Loss by position", arms, draw)
+    return _figure("Loss by position", arms, draw, footnote)
 
 
-def accuracy_by_length(arms: Sequence[Arm], *, original_length: int, target_length: int) -> Picture:
-    """Draw the share of right answers by length, pooled over depths, with Wilson 95% intervals.
+def perplexity_by_position(
+    arms: Sequence[Arm],
+    results: Mapping[str, Mapping[str, Any]],
+    *,
+    original_length: int,
+    target_length: int,
+    footnote: str | None = None,
+) -> Picture:
+    """Draw the perplexity of plain text over the position, and the border of the sliding window where there is one.
+
+    Args:
+        results: stored perplexity (`perplexity.json`) by name of the live arm.
+
+    Raises:
+        ValueError: no arm has one.
+    """
+    measured = [arm for arm in arms if not arm.recorded and results.get(arm.name, {}).get("blocks")]
+
+    def draw(axis: Axes, panel: Sequence[Arm]) -> str:
+        longest, windows = 1.0, set[int]()
+        for arm in panel:
+            result = results[arm.name]
+            blocks = sorted(result["blocks"], key=lambda block: int(block["start"]))
+            places = [(block["start"] + block["end"]) / 2 for block in blocks]
+            _line(axis, arm, panel, places, [math.exp(min(block["loss"], _LARGEST_LOSS)) for block in blocks])
+            longest = max([longest, *(block["end"] for block in blocks)])
+            if result.get("window_tokens"):
+                windows.add(int(result["window_tokens"]))
+        for window in sorted(windows):
+            axis.axvline(window, color=_MUTED, linewidth=1.2, linestyle=(0, (1, 1.5)))
+            style: Any = {"fontsize": 8, "color": _MUTED, "rotation": 90, "va": "top", "ha": "right"}
+            axis.text(window, 0.98, f"window {length_label(window)} ", transform=axis.get_xaxis_transform(), **style)
+        _place_lengths(axis, longest, original_length, target_length)
+        axis.set_xlabel("position in the text (tokens)")
+        axis.set_ylabel("perplexity")
+        kinds = {str(results[arm.name].get("kind", "")).replace("-", " ") for arm in panel}
+        return ", ".join(sorted(kinds))
+
+    return _figure("Perplexity by position", measured, draw, footnote)
+
+
+def accuracy_by_length(
+    arms: Sequence[Arm], *, original_length: int, target_length: int, footnote: str | None = None
+) -> Picture:
+    """Draw the mean score by length, pooled over depths, with Wilson 95% intervals.
 
     Raises:
         ValueError: no arms.
@@ -117,21 +169,31 @@ def accuracy_by_length(arms: Sequence[Arm], *, original_length: int, target_leng
         lengths = sorted({sample.length_tokens for arm in panel for sample in arm.samples})
         for number, arm in enumerate(panel):
             shift = _side_by_side(number, panel, 0.13)
-            shares = by_length(arm.samples)
-            _line_with_intervals(axis, arm, panel, {lengths.index(n) + shift: share for n, share in shares.items()})
+            scores = {
+                place + shift: score
+                for place, length in enumerate(lengths)
+                if (score := score_of(s for s in arm.samples if s.length_tokens == length))
+            }
+            _line_with_intervals(axis, arm, panel, scores)
         axis.set_xlim(-0.5, max(len(lengths), 1) - 0.5)
         axis.set_ylim(-0.04, 1.04)
         axis.set_xticks(range(len(lengths)), [length_label(length) for length in lengths])
         draw_boundaries(axis, lengths, original_length, target_length)
         axis.set_xlabel("context length (tokens)")
-        axis.set_ylabel("share of right answers")
+        axis.set_ylabel(_score_name(panel))
         return "all depths; bars: Wilson 95% intervals"
 
-    return _figure("Accuracy by length", arms, draw)
+    return _figure("Accuracy by length", arms, draw, footnote)
 
 
-def accuracy_by_depth(arms: Sequence[Arm], *, original_length: int, lengths: Collection[int] | None = None) -> Picture:
-    """Draw the share of right answers by depth with 95% intervals.
+def accuracy_by_depth(
+    arms: Sequence[Arm],
+    *,
+    original_length: int,
+    lengths: Collection[int] | None = None,
+    footnote: str | None = None,
+) -> Picture:
+    """Draw the mean score by depth with 95% intervals.
 
     Args:
         lengths: which lengths count together; those beyond the original length when left out, all where there is none.
@@ -158,13 +220,18 @@ def accuracy_by_depth(arms: Sequence[Arm], *, original_length: int, lengths: Col
         if depths:
             axis.set_xticks(depths, [f"{depth:g}" for depth in depths])
         axis.set_xlabel("depth of the needle (0 = start)")
-        axis.set_ylabel("share of right answers")
+        axis.set_ylabel(_score_name(panel))
         if not shown:
             return "no samples"
         reach = " to ".join(length_label(length) for length in sorted({shown[0], shown[-1]}))
         return f"at {reach} tokens; 95% intervals"
 
-    return _figure("Accuracy by depth", arms, draw)
+    return _figure("Accuracy by depth", arms, draw, footnote)
+
+
+def _score_name(arms: Sequence[Arm]) -> str:
+    parts = any(sample.score not in (0.0, 1.0) for arm in arms for sample in arm.scored)
+    return "mean score" if parts else "share of right answers"
 
 
 def _side_by_side(number: int, panel: Sequence[Arm], step: float) -> float:
@@ -172,9 +239,7 @@ def _side_by_side(number: int, panel: Sequence[Arm], step: float) -> float:
     return step * (number - (len(panel) - 1) / 2)
 
 
-def _line_with_intervals(
-    axis: Axes, arm: Arm, panel: Sequence[Arm], shares: Mapping[float, Proportion | MeanScore]
-) -> None:
+def _line_with_intervals(axis: Axes, arm: Arm, panel: Sequence[Arm], shares: Mapping[float, MeanScore]) -> None:
     places = list(shares)
     values = [share.value for share in shares.values()]
     below = [share.value - share.low for share in shares.values()]
@@ -185,21 +250,29 @@ def _line_with_intervals(
 
 
 def _line_style(arm: Arm, panel: Sequence[Arm]) -> tuple[Any, ...]:
-    """Colour, dash and marker: an arm's own where every arm of the panel has one of its own, else by its place."""
+    """Colour, dash and marker: a known arm's own, for others what is left; by place where two have one name."""
     names = [other.name for other in panel]
-    if len(set(names)) == len(names) and set(names) <= _LINES.keys():
+    if len(set(names)) < len(names):
+        place = next(number for number, other in enumerate(panel) if other is arm)
+        return _OTHER_LINES[place % len(_OTHER_LINES)]
+    if arm.name in _LINES:
         return _LINES[arm.name]
-    place = next(number for number, other in enumerate(panel) if other is arm)
-    return _OTHER_LINES[place % len(_OTHER_LINES)]
+    taken = [_LINES[name] for name in names if name in _LINES]
+    free = [line for line in _OTHER_LINES if line not in taken]
+    return free[[name for name in names if name not in _LINES].index(arm.name) % len(free)]
 
 
-def _figure(title: str, arms: Sequence[Arm], draw: Callable[[Axes, Sequence[Arm]], str]) -> Picture:
+def _figure(
+    title: str, arms: Sequence[Arm], draw: Callable[[Axes, Sequence[Arm]], str], footnote: str | None
+) -> Picture:
     if not arms:
         raise ValueError("no arms to draw")
     panels = comparable_panels(arms)
     with drawing_style():
         layout = ConstrainedLayoutEngine(h_pad=0.1)
-        figure = Figure(figsize=(4.9, 4.3 * len(panels)), layout=layout)
+        legend_rows = max(len(panel) for panel in panels)
+        height = (4.3 + 0.16 * max(0, legend_rows - 3)) * len(panels) + 0.3 * bool(footnote)
+        figure = Figure(figsize=(4.9, height), layout=layout)
         for axis, panel in zip(figure.subplots(len(panels), 1, squeeze=False).flat, panels, strict=True):
             axis.spines[["top", "right"]].set_visible(False)
             axis.grid(axis="y", color="#e6eaef", linewidth=0.8)
@@ -213,12 +286,13 @@ def _figure(title: str, arms: Sequence[Arm], draw: Callable[[Axes, Sequence[Arm]
             columns = 2 if max(len(_legend(arm)) for arm in panel) < 24 else 1
             axis.legend(
                 loc="upper left",
-                bbox_to_anchor=(-0.02, -0.16),
+                bbox_to_anchor=(-0.02, -0.17),
                 ncols=columns,
                 frameon=False,
                 fontsize=8,
                 handlelength=3.6,
             )
+        draw_footnote(figure, footnote)
         return render(figure)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ctxext.errors import GateError
-from ctxext.evaluation.conclusions import Arm, compare_arms
+from ctxext.evaluation.arms import Arm, compare_arms, without_controls
 from ctxext.evaluation.effective_length import effective_length, scores_by_length
 from ctxext.evaluation.short_context import short_context_cost
 from ctxext.evaluation.statistics import counted
@@ -50,7 +50,7 @@ def check_gates(
         answer_tokens: room for the answer, which belongs to an effective length: a prompt of 16,368 tokens with an
             answer of 16 fills 16,384.
     """
-    live = {arm.name: arm for arm in arms if not arm.recorded}
+    live = {arm.name: without_controls(arm) for arm in arms if not arm.recorded}
     arm = live.get(judged)
     samples = [sample for sample in arm.samples if sample.task == task] if arm else []
     outcomes = []

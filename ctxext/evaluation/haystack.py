@@ -6,7 +6,6 @@ A haystack of its own for every sample makes samples independent, which the inte
 
 from __future__ import annotations
 
-import importlib
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,9 +15,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from ctxext.data import words
+from ctxext.data.readers.builtin import python_topics
 from ctxext.errors import ArtefactError, UsageError, unknown_name
 from ctxext.evaluation.grid import Block
-from ctxext.files import canonical_json, sha256_bytes
+from ctxext.files import canonical_json, sha256_bytes, shipped_directory
 
 Encode = Callable[[str], list[int]]
 
@@ -49,7 +49,7 @@ class HubDataset(Block):
     rows: Annotated[int, Field(ge=1)] = 1000
 
 
-NamedHaystack = Literal["python-docs", "generated-words", "noise"]
+NamedHaystack = Literal["python-docs", "everyday", "generated-words", "noise"]
 HaystackChoice = NamedHaystack | TextFiles | HubDataset
 
 
@@ -86,28 +86,23 @@ def load_haystack(choice: HaystackChoice | str) -> Haystack:
     if isinstance(choice, HubDataset):
         return _collected(f"dataset {choice.dataset}", _dataset_documents(choice))
     if choice == "python-docs":
-        return _collected(choice, _python_topics())
+        return _collected(choice, tuple(text for _, text in python_topics()))
+    if choice == "everyday":
+        return _collected(choice, _everyday_passages())
     if choice == "generated-words":
         return Haystack(choice, None, sha256_bytes(canonical_json(list(words.WORDS)).encode()))
     if choice == "noise":
         return Haystack(choice, None, sha256_bytes(NOISE.encode()))
-    raise unknown_name("haystack", choice, ("python-docs", "generated-words", "noise"))
+    raise unknown_name("haystack", choice, ("python-docs", "everyday", "generated-words", "noise"))
 
 
 def _collected(name: str, documents: tuple[str, ...]) -> Haystack:
     return Haystack(name, documents, sha256_bytes(canonical_json(list(documents)).encode()))
 
 
-def _python_topics() -> tuple[str, ...]:
-    try:
-        topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
-    except ImportError as error:
-        raise ArtefactError(
-            "this Python has no documentation topics (module pydoc_data.topics)",
-            where="haystack python-docs",
-            hint="Install the full standard library or choose another haystack.",
-        ) from error
-    return tuple(topics[name].strip() for name in sorted(topics))
+def _everyday_passages() -> tuple[str, ...]:
+    text = (shipped_directory("evals") / "haystacks" / "everyday.txt").read_text(encoding="utf-8")
+    return tuple(passage.strip() for passage in text.split("\n---\n"))
 
 
 def _text_documents(names: list[str]) -> tuple[str, ...]:

@@ -1,5 +1,5 @@
-"""Retrieval by position as a picture: rows are depths (0 at the top) or absolute token positions, columns are lengths,
-one panel an arm.
+"""Retrieval as a picture: columns are lengths; rows are depths (0 at the top), absolute token positions or tasks; one
+panel an arm.
 
 Columns are categories, not a scale: 2K, 4K and 12K stand side by side, and the original and the target length are
 drawn between the columns where they belong; a column of exactly the original length is still inside. Arms of one
@@ -13,11 +13,10 @@ import io
 import itertools
 import math
 import textwrap
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import matplotlib
 from matplotlib import colormaps
@@ -28,17 +27,14 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
 
-from ctxext.evaluation.conclusions import Arm
-from ctxext.evaluation.store import SampleResult, grid_of
-
-RowsBy = Literal["depth", "position"]
+from ctxext.evaluation.arms import Arm
+from ctxext.evaluation.cells import NOT_ASKED, CellCount, Frame, Over, frame_of, length_label
 
 COLOR_MAP = "cividis"
 RECORDED_MARK = "recorded on another machine"
 _INK = "#1f2328"
 _MUTED = "#59636e"
 _BOUNDARY = "#c4320a"
-_MAX_POSITION_ROWS = 16
 _MAX_WIDTH_INCHES = 16.5
 _STYLE: Any = {
     "svg.hashsalt": "ctxext",
@@ -62,22 +58,6 @@ class Picture:
     svg: bytes
 
 
-@dataclass(frozen=True)
-class CellCount:
-    """What a cell shows: right answers of scored samples, and samples without a score."""
-
-    num_right: int
-    num_scored: int
-    num_missing: int
-
-    def text(self) -> str:
-        """'3/4', or why there is nothing to show."""
-        if self.num_scored == 0:
-            return f"{self.num_missing} missing" if self.num_missing else ""
-        text = f"{self.num_right}/{self.num_scored}"
-        return f"{text}\n+{self.num_missing} missing" if self.num_missing else text
-
-
 @contextmanager
 def drawing_style() -> Iterator[None]:
     """The project's look, independent of the user's matplotlib settings and undone afterwards."""
@@ -90,56 +70,16 @@ def drawing_style() -> Iterator[None]:
 def render(figure: Figure) -> Picture:
     """Both formats of a figure, without dates or program versions; call it inside `drawing_style`."""
     png, svg = io.BytesIO(), io.BytesIO()
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # the layout is made once for both
     figure.savefig(png, format="png", dpi=160, metadata={"Software": None})
     figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
     return Picture(png.getvalue(), svg.getvalue())
 
 
-def length_label(tokens: int) -> str:
-    """A length for people: 2048 is '2K', 14848 is '14.5K', 1048576 is '1M', 1000 stays '1,000'."""
-    for unit, name in ((1 << 20, "M"), (1 << 10, "K")):
-        if tokens >= unit and tokens * 2 % unit == 0:
-            return f"{tokens / unit:g}{name}"
-    return f"{tokens:,}"
-
-
 def boundary_slot(length: int, columns: Sequence[int]) -> float:
     """Where a length lies between categorical columns: right of every column that is not longer."""
     return sum(column <= length for column in columns) - 0.5
-
-
-def cell_counts(arm: Arm) -> dict[tuple[int, float], CellCount]:
-    """Counts by length and depth, pooled over tasks."""
-    counts: dict[tuple[int, float], CellCount] = {}
-    for result in grid_of(arm.samples):
-        place = (result.cell.length_tokens, result.cell.depth)
-        before = counts.get(place, CellCount(0, 0, 0))
-        right = result.proportion.num_successes if result.proportion else 0
-        counts[place] = CellCount(
-            before.num_right + right, before.num_scored + result.num_samples, before.num_missing + result.num_missing
-        )
-    return counts
-
-
-def position_counts(arm: Arm, row_tokens: int) -> dict[tuple[int, float], CellCount]:
-    """Counts by length and row of `row_tokens` absolute positions (named by its first), pooled over tasks."""
-    groups: defaultdict[tuple[int, float], list[SampleResult]] = defaultdict(list)
-    for sample in arm.samples:
-        groups[sample.length_tokens, float(sample.needle_position // row_tokens * row_tokens)].append(sample)
-    return {
-        place: CellCount(
-            sum(s.status == "ok" and s.score >= 1.0 for s in members),
-            sum(s.status == "ok" for s in members),
-            sum(s.status != "ok" for s in members),
-        )
-        for place, members in groups.items()
-    }
-
-
-def position_rows(longest: int) -> list[float]:
-    """First positions of 8 to 16 rows of equal height, a power of two of tokens each, up to the longest length."""
-    row_tokens = 2 ** max(0, math.ceil(math.log2(max(longest, 1) / _MAX_POSITION_ROWS)))
-    return [float(start) for start in range(0, max(longest, 1), row_tokens)]
 
 
 def heatmap(
@@ -148,43 +88,53 @@ def heatmap(
     original_length: int,
     target_length: int,
     alike: Sequence[Arm] | None = None,
-    rows_by: RowsBy = "depth",
+    over: Over = "depth",
+    footnote: str | None = None,
 ) -> Picture:
     """Draw one arm, or several side by side with one colour bar.
 
     Args:
         alike: arms whose rows and columns count too, so that pictures of single arms have equal grids.
-        rows_by: `depth`, or `position`: the needle's absolute token index, in rows of equal height. Needles of several
-            depths that fall into one row are counted together, and a row beyond a length stays empty.
+        over: `depth`, `task`, or `position`: the needle's absolute token index, in rows of equal height. Needles of
+            several depths that fall into one row are counted together, and a row beyond a length stays empty.
+        footnote: what must stand below the picture, such as how far the suite reached.
 
     Raises:
         ValueError: no arms.
     """
     if not arms:
         raise ValueError("no arms to draw")
-    grids = {
-        arm.recorded: _grid([a for a in [*arms, *(alike or ())] if a.recorded == arm.recorded], rows_by) for arm in arms
+    frames = {
+        arm.recorded: frame_of([a for a in [*arms, *(alike or ())] if a.recorded == arm.recorded], over) for arm in arms
     }
-    width = max(_panel_width(len(lengths)) for lengths, _ in grids.values())
-    height = max(1.9 + (0.5 if rows_by == "depth" else 0.36) * len(places) for _, places in grids.values())
+    width = max(_panel_width(frame) for frame in frames.values())
+    height = max(2.1 + (0.36 if over == "position" else 0.5) * len(frame.places) for frame in frames.values())
     rows = _rows(arms, max(1, int(_MAX_WIDTH_INCHES // width)))
     num_columns = max(len(row) for row in rows)
     with drawing_style():
         layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
-        figure = Figure(figsize=(width * num_columns + 0.7, height * len(rows)), layout=layout)
+        figure = Figure(figsize=(width * num_columns + 0.7, height * len(rows) + 0.2 * bool(footnote)), layout=layout)
         axes = figure.subplots(len(rows), num_columns, squeeze=False)
         for row, row_axes in zip(rows, axes, strict=True):
             for axis, arm in itertools.zip_longest(row_axes, row):
                 if arm is None:
                     axis.set_axis_off()
                     continue
-                lengths, places = grids[arm.recorded]
-                _draw_panel(axis, arm, lengths, places, width, rows_by)
-                draw_boundaries(axis, lengths, original_length, target_length)
+                frame = frames[arm.recorded]
+                _draw_panel(axis, arm, frame, width)
+                draw_boundaries(axis, frame.lengths, original_length, target_length)
         scale = ScalarMappable(Normalize(0.0, 1.0), COLOR_MAP)
         bar = figure.colorbar(scale, ax=axes, label="share of right answers", aspect=20 * len(rows), pad=0.02)
         bar.outline.set_visible(False)
+        draw_footnote(figure, footnote)
         return render(figure)
+
+
+def draw_footnote(figure: Figure, footnote: str | None) -> None:
+    """What limits the picture, below it, in the colour of the boundaries."""
+    if footnote:
+        width = int(figure.get_figwidth() * 15)
+        figure.supxlabel(textwrap.fill(footnote, width), x=0.02, ha="left", fontsize=8, color=_BOUNDARY)
 
 
 def draw_boundaries(axis: Axes, columns: Sequence[int], original_length: int, target_length: int) -> None:
@@ -218,14 +168,6 @@ def draw_boundary(axis: Axes, x: float, label: str, *, dashed: bool) -> None:
     )
 
 
-def _grid(arms: Sequence[Arm], rows_by: RowsBy) -> tuple[list[int], list[float]]:
-    samples = [sample for arm in arms for sample in arm.samples]
-    lengths = sorted({s.length_tokens for s in samples})
-    if rows_by == "position":
-        return lengths, position_rows(max(lengths, default=0))
-    return lengths, sorted({s.depth for s in samples})
-
-
 def _rows(arms: Sequence[Arm], capacity: int) -> list[list[Arm]]:
     """Live arms first, recorded ones on rows of their own, rows of nearly equal length."""
     rows: list[list[Arm]] = []
@@ -243,32 +185,41 @@ def ink_on(color: Sequence[float]) -> str:
     return "black" if 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] > 0.179 else "white"
 
 
-def _panel_width(num_lengths: int) -> float:
-    return max(3.5, 0.9 + max(0.5, min(0.75, 7.0 / max(num_lengths, 1))) * num_lengths)
+def _panel_width(frame: Frame) -> float:
+    num_lengths = max(len(frame.lengths), 1)
+    names = max((len(frame.label(place)) for place in frame.places), default=0)
+    return max(3.5, 0.9 + 0.06 * max(names - 4, 0) + max(0.5, min(0.75, 7.0 / num_lengths)) * len(frame.lengths))
 
 
-def _draw_panel(axis: Axes, arm: Arm, lengths: list[int], places: list[float], width: float, rows_by: RowsBy) -> None:
-    by_depth = rows_by == "depth"
-    row_tokens = int(places[1]) if len(places) > 1 else max(lengths, default=1)
-    counts = cell_counts(arm) if by_depth else position_counts(arm, row_tokens)
-    hatched = False
-    for column, length in enumerate(lengths):
-        for row, place in enumerate(places):
-            if not by_depth and place >= length:
+_ROW_NAMES: dict[Over, str] = {
+    "depth": "depth of the needle (0 = start)",
+    "position": "position of the needle (token index)",
+    "task": "",
+}
+
+
+def _draw_panel(axis: Axes, arm: Arm, frame: Frame, width: float) -> None:
+    counts = frame.cells(arm)
+    notes = dict[str, None]()
+    for column, length in enumerate(frame.lengths):
+        for row, place in enumerate(frame.places):
+            if frame.is_outside(length, place):
                 continue
-            count = counts.get((length, place), CellCount(0, 0, 0))
+            count = counts.get((length, place), NOT_ASKED)
             _draw_cell(axis, column, row, count)
-            hatched = hatched or count.num_scored == 0
-    axis.set_xlim(-0.5, max(len(lengths), 1) - 0.5)
-    axis.set_ylim(max(len(places), 1) - 0.5, -0.5)
-    axis.set_xticks(range(len(lengths)), [length_label(length) for length in lengths])
-    axis.set_yticks(
-        range(len(places)), [f"{place:g}" if by_depth else f"from {length_label(int(place))}" for place in places]
-    )
+            if count.num_scored == 0:
+                unasked = "hatched: no needle there" if frame.over == "position" else "hatched: not asked"
+                notes["hatched: no scored sample" if count.num_missing else unasked] = None
+            elif count.num_degenerate:
+                notes["†: answers empty, repeating or endless"] = None
+    axis.set_xlim(-0.5, max(len(frame.lengths), 1) - 0.5)
+    axis.set_ylim(max(len(frame.places), 1) - 0.5, -0.5)
+    axis.set_xticks(range(len(frame.lengths)), [length_label(length) for length in frame.lengths])
+    axis.set_yticks(range(len(frame.places)), [frame.label(place) for place in frame.places])
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
-    axis.set_xlabel("context length (tokens)" + ("\nhatched: no scored sample" if hatched else ""))
-    axis.set_ylabel("depth of the needle (0 = start)" if by_depth else "position of the needle (token index)")
+    axis.set_xlabel("\n".join(["context length (tokens)", *notes]))
+    axis.set_ylabel(_ROW_NAMES[frame.over])
     _draw_title(axis, arm, width)
 
 
@@ -276,15 +227,25 @@ def _draw_cell(axis: Axes, column: int, row: int, count: CellCount) -> None:
     place = (column - 0.5, row - 0.5)
     if count.num_scored == 0:
         axis.add_patch(Rectangle(place, 1, 1, facecolor="#f6f8fa", edgecolor="#8c959f", hatch="////", linewidth=0))
+        axis.add_patch(Rectangle(place, 1, 1, fill=False, edgecolor="white", linewidth=1.5))
         ink, background = _MUTED, {"facecolor": "#f6f8fa", "edgecolor": "none", "pad": 1.5}
     else:
-        color = colormaps[COLOR_MAP](count.num_right / count.num_scored)
-        axis.add_patch(Rectangle(place, 1, 1, facecolor=color, edgecolor="none"))
+        color = colormaps[COLOR_MAP](count.value)
+        axis.add_patch(Rectangle(place, 1, 1, facecolor=color, edgecolor="white", linewidth=1.5))
         ink, background = ink_on(color), None
-    axis.add_patch(Rectangle(place, 1, 1, fill=False, edgecolor="white", linewidth=1.5))
     if text := count.text():
-        size = 9.5 if "missing" not in text else 7.0
-        axis.text(column, row, text, ha="center", va="center", color=ink, fontsize=size, bbox=background)
+        size = (9.5, 8.0, 6.5)[min(text.count("\n"), 2)] if count.num_scored else 6.5
+        axis.text(
+            column,
+            row,
+            textwrap.fill(text, 9) if not count.num_scored else text,
+            ha="center",
+            va="center",
+            color=ink,
+            fontsize=size,
+            linespacing=0.95,
+            bbox=background,
+        )
 
 
 def _draw_title(axis: Axes, arm: Arm, width: float) -> None:
@@ -292,6 +253,12 @@ def _draw_title(axis: Axes, arm: Arm, width: float) -> None:
     samples, haystacks = len(arm.scored), arm.num_haystacks
     name = f"{arm.name} · " if arm.name != arm.label else ""
     facts = f"{name}{samples} sample{'s' * (samples != 1)}, {haystacks} haystack{'s' * (haystacks != 1)}"
+    saliency = [task for task in arm.tasks if arm.is_saliency(task)]
+    if saliency:
+        some = f" in {len(saliency)} of {len(arm.tasks)} tasks"
+        if len(saliency) == len(arm.tasks):
+            some, facts = "", f"{name}{samples} sample{'s' * (samples != 1)} in one text"
+        facts = f"repeated noise: saliency, not retrieval{some}\n{facts}"
     if arm.recorded:
         facts = f"{RECORDED_MARK}\n{facts}"
     # The space below the facts belongs to the two labels of the boundary lines.

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ctxext.data.boundaries import SentenceEnds, encode_plain
+from ctxext.data.boundaries import SentenceEnds, encode_plain, leading_marker
 from ctxext.errors import UsageError
+from ctxext.evaluation.clusters import NOISE_FACT
 from ctxext.evaluation.grid import GridRow
 from ctxext.evaluation.haystack import HaystackReader, load_haystack
 from ctxext.evaluation.scoring import BESIDE, METRICS, NUMBER_MATCH
@@ -104,13 +105,13 @@ class PromptBuilder:
             UsageError: the length leaves no room for text, or the haystack is too short.
         """
         task, cell = self._tasks[sample.cell.task], sample.cell
-        seed, haystack_seed = self._seeds(task, sample)
+        seed, haystack_seed = _seeds(self._suite, self._seed, task, sample)
         draft = task.draft(random.Random(seed), cell.length_tokens, cell.depth)
         before, after = self._around(task, draft)
         room = cell.length_tokens - len(before) - len(after)
         kit = Kit(self._encode, self._kit_ends, self._haystack(task, haystack_seed), self._padding, seed)
         try:
-            body = draft.body.fill(room, kit)
+            body = self._filled(task, draft, room, kit)
         except NoRoomError as error:
             raise UsageError(
                 "the length leaves no room for text around the needle",
@@ -132,19 +133,24 @@ class PromptBuilder:
             distractors=draft.distractors,
             max_new_tokens=task.num_answer_tokens,
             thinking=self._suite.thinking,
-            facts=draft.facts,
+            facts=draft.facts | self._text_facts(task, body),
         )
 
-    def _seeds(self, task: Task, sample: Sample) -> tuple[str, str]:
-        """Roots of the sample's own randomness and of its haystack's."""
-        root, cell = f"{self._seed}/{task.variant}", sample.cell
-        if self._suite.haystacks == "own":
-            own = f"{root}/{sample.sample_id}"
-            return own, f"{own}/haystack"
-        own = f"{root}/{cell.task}/{cell.length_tokens}/{sample.index}"
-        if self._suite.haystacks == "paired":
-            return own, f"{own}/haystack"
-        return own, f"{self._seed}/{cell.length_tokens}/haystack"
+    def _filled(self, task: Task, draft: Draft, room: int, kit: Kit) -> Filled:
+        """The body; for one of several questions, the one text of all and as much more as this question leaves."""
+        if not draft.questions:
+            return draft.body.fill(room, kit)
+        all_around = (
+            self._num_around(task, replace(draft, question=question, answer_prefix=prefix))
+            for question, prefix in draft.questions
+        )
+        surplus = max(all_around) - self._num_around(task, draft)
+        body = draft.body.fill(room - surplus, kit)
+        num_hay = len(body.haystack or ())
+        return replace(body, ids=[*body.ids, *kit.haystack(num_hay + surplus)[num_hay:]])
+
+    def _num_around(self, task: Task, draft: Draft) -> int:
+        return sum(map(len, self._around(task, draft)))
 
     def _haystack(self, task: Task, seed: str) -> Callable[[int], list[int]]:
         reader = self._reader
@@ -154,6 +160,11 @@ class PromptBuilder:
                 self._readers[name] = HaystackReader(load_haystack(task.own_haystack), self._encode)
             reader = self._readers[name]
         return lambda num_tokens: reader.tokens(seed, num_tokens)
+
+    def _text_facts(self, task: Task, body: Filled) -> dict[str, Any]:
+        """Noise is one text for all samples, which is therefore no cluster (`ctxext.evaluation.clusters`)."""
+        noise = body.haystack is not None and (task.own_haystack or self._suite.haystack) == "noise"
+        return {NOISE_FACT: "noise"} if noise else {}
 
     def _haystack_hash(self, task: Task, seed: str, body: Filled, length: int) -> str:
         if body.haystack is None:
@@ -175,16 +186,36 @@ class PromptBuilder:
             answer = [self._encode(prefix.lstrip())] if prefix.strip() else []
             return _joined([self._frame.before, *intro]), _joined([*question, self._frame.after, *answer])
         # Question and answer prefix are one text here, as the model reads them: encoded together.
-        return _joined([self._marker(), *intro]), self._encode(prefix if first else draft.question + prefix)
+        return _joined([leading_marker(self._tokenizer), *intro]), self._encode(
+            prefix if first else draft.question + prefix
+        )
 
     def _encode(self, text: str) -> list[int]:
         return encode_plain(self._tokenizer, text)
 
-    def _marker(self) -> list[int]:
-        # What the tokenizer puts before a text by itself (BOS for Llama, nothing for SmolLM2) belongs here, once.
-        marker = list(self._tokenizer("a").input_ids)
-        plain = self._encode("a")
-        return marker[: next((i for i in range(len(marker)) if marker[i : i + len(plain)] == plain), 0)]
+
+def draft_of(suite: Suite, sample: Sample) -> Draft:
+    """What a sample asks and expects, as texts; needs neither haystack nor tokenizer.
+
+    Raises:
+        KeyError: the suite has no such task.
+        UsageError: the task has no sample of this length.
+    """
+    task = suite.member(sample.cell.task)
+    seed, _ = _seeds(suite, suite.seed, task, sample)
+    return task.draft(random.Random(seed), sample.cell.length_tokens, sample.cell.depth)
+
+
+def _seeds(suite: Suite, suite_seed: int, task: Task, sample: Sample) -> tuple[str, str]:
+    """Roots of the sample's own randomness and of its haystack's."""
+    root, cell = f"{suite_seed}/{task.variant}", sample.cell
+    if suite.haystacks == "own" and not task.one_text:
+        own = f"{root}/{sample.sample_id}"
+        return own, f"{own}/haystack"
+    own = f"{root}/{cell.task}/{cell.length_tokens}/{sample.index}"
+    if suite.haystacks != "shared":
+        return own, f"{own}/haystack"
+    return own, f"{suite_seed}/{cell.length_tokens}/haystack"
 
 
 def suite_builder(suite: Suite, tokenizer: Any) -> PromptBuilder:

@@ -158,8 +158,13 @@ def final_answer(text: str) -> str:
     return after if mark or not text.lstrip().startswith("<think>") else ""
 
 
-def degenerate_kind(answer: str, answer_ids: list[int]) -> str | None:
-    """`empty`, `repeating` or None: babbling beyond the model's range is another failure than being wrong."""
+def degenerate_kind(answer: str, answer_ids: list[int], *, cut_off: bool = False) -> str | None:
+    """`empty`, `repeating`, `endless` or None: babbling beyond the model's range is another failure than being wrong.
+
+    Args:
+        cut_off: the answer ran into its token budget where a stop was expected (a chat model ends its turn; a base
+            model that completes a text never stops by itself).
+    """
     if not any(character.isalnum() for character in answer):
         return "empty"
     if len(answer_ids) >= 8:
@@ -167,4 +172,4 @@ def degenerate_kind(answer: str, answer_ids: list[int]) -> str | None:
             tail = answer_ids[-8:]
             if all(tail[i] == tail[i - period] for i in range(period, len(tail))):
                 return "repeating"
-    return None
+    return "endless" if cut_off else None

@@ -2,54 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import GenerationConfig
 
-from ctxext.evaluation.answerer import Answer, Answerer
+from ctxext.evaluation.backend import Answer, SelfCheck, is_out_of_memory
 from ctxext.evaluation.prompt import Prompt
 from ctxext.model.load import quiet
+from ctxext.model.placement import input_device
+
+if TYPE_CHECKING:
+    from ctxext.evaluation.answerer import Answerer
+
+__all__ = ["SelfCheck", "self_check"]
 
 # Logits this close, relative to the largest, are a tie: another order of sums decides which is first.
 _TIE_EPS = 4
 _TIE_FLOAT32 = 1e-4
-
-
-@dataclass(frozen=True)
-class SelfCheck:
-    """What came out.
-
-    Attributes:
-        sample_id: of the prompt.
-        outcome: `tie` when the answers part where the two best tokens are as good as equal.
-        reason: why it was not run.
-        num_tokens: of the plain answer.
-        first_difference: index of the first other token.
-        margin: how much better plain `generate` found its token there (a difference of logits).
-    """
-
-    sample_id: str
-    outcome: Literal["identical", "tie", "different", "not run"]
-    reason: str = ""
-    num_tokens: int = 0
-    first_difference: int | None = None
-    margin: float | None = None
-
-    @property
-    def passed(self) -> bool:
-        """Whether nothing speaks against the engine."""
-        return self.outcome != "different"
-
-    def summary(self) -> str:
-        """One sentence."""
-        if self.outcome == "not run":
-            return f"self-check not run: {self.reason}"
-        if self.outcome == "identical":
-            return f"self-check: {self.num_tokens} answer tokens equal plain generate's ({self.sample_id})"
-        where = f"token {self.first_difference} of {self.sample_id}, {self.margin:.2g} apart"
-        return f"self-check: {'a tie' if self.outcome == 'tie' else 'NOT what plain generate answers'} at {where}"
 
 
 def self_check(answerer: Answerer, prompt: Prompt, answer: Answer | None = None) -> SelfCheck:
@@ -60,7 +30,9 @@ def self_check(answerer: Answerer, prompt: Prompt, answer: Answer | None = None)
     try:
         found = answer or answerer.answer(prompt.input_ids, prompt.max_new_tokens, measure_loss=False)
         plain, logits = _generated(answerer, prompt.input_ids, prompt.max_new_tokens)
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         return SelfCheck(sample_id, "not run", "plain generate needs more memory than there is")
     if found.ids == plain:
         return SelfCheck(sample_id, "identical", num_tokens=len(plain))
@@ -77,7 +49,7 @@ def self_check(answerer: Answerer, prompt: Prompt, answer: Answer | None = None)
 def _generated(answerer: Answerer, ids: list[int], max_new_tokens: int) -> tuple[list[int], list[torch.Tensor]]:
     """Answer tokens of plain greedy `generate`, and the logits [V] of each."""
     answerer.forget_lengths()
-    prompt = torch.tensor([ids], device=answerer.model.device)
+    prompt = torch.tensor([ids], device=input_device(answerer.model))
     # What is left out here would be taken from the model's generation config.
     config = GenerationConfig(
         do_sample=False,

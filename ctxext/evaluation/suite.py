@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from ctxext.errors import RecipeError
 from ctxext.evaluation.grid import Block, GridRow, RelativeLength
@@ -16,10 +16,50 @@ from ctxext.evaluation.tasks.needle import NeedleTask
 from ctxext.evaluation.tasks.registry import AnyTask
 from ctxext.recipe.load import apply_overrides, find_shipped, read_document, validate_document
 
-__all__ = ["Cell", "GridRow", "RelativeLength", "Sample", "Suite", "load_suite", "resolve_samples"]
+__all__ = ["Cell", "GridRow", "RelativeLength", "Sample", "Suite", "load_suite", "resolve_samples", "stored_suite"]
 
 # Keys that stored suites do not have; left out where they say nothing, so that today's suites read as they always did.
-_LATER = ("tasks", "haystacks", "question_first", "answer_prefix", "apply_chat_template", "thinking")
+_LATER = ("tasks", "haystacks", "question_first", "answer_prefix", "apply_chat_template", "thinking", "perplexity")
+
+
+class PerplexityBlock(Block):
+    """Perplexity of plain text, measured beside the tasks.
+
+    Attributes:
+        window: tokens a sliding window, the context that the model sees at a time; without it every text is read in one
+            piece, which gives the loss by position over the whole length.
+        stride: by how much the window moves on; only its last `stride` tokens count, in the first window all.
+        documents: texts; they do not overlap.
+        length: tokens of every text.
+        block_tokens: width of the blocks in which the loss is stored.
+        haystack: where the texts come from; the suite's own when left out.
+    """
+
+    window: Annotated[int, Field(ge=2)] | RelativeLength | None = None
+    stride: Annotated[int, Field(ge=1)] | None = None
+    documents: Annotated[int, Field(ge=1)] = 4
+    length: Annotated[int, Field(ge=2)] | RelativeLength = RelativeLength(target=1.0)
+    block_tokens: Annotated[int, Field(ge=1)] = 256
+    haystack: HaystackChoice | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PerplexityBlock:
+        problems = []
+        if (self.window is None) != (self.stride is None):
+            problems.append("window and stride belong together")
+        if isinstance(self.window, int) and self.stride is not None and self.stride >= self.window:
+            problems.append("stride must be smaller than window, or a window's first token has no context")
+        if isinstance(self.window, int) and isinstance(self.length, int) and self.window > self.length:
+            problems.append("window must not be larger than length")
+        if self.haystack == "noise":
+            problems.append("noise repeats five sentences; its perplexity says nothing")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, dict | PerplexityBlock) else value
 
 
 class Suite(Block):
@@ -29,8 +69,9 @@ class Suite(Block):
         task: `needle`, for a suite of the one task; its wording and answer tokens are the suite's.
         tasks: several tasks with options of their own, instead.
         wording: `ruler` (RULER's single needle, seven digits) or `passkey` (five digits).
-        haystack: `python-docs` (documentation topics of this Python), `generated-words`, `noise` (RULER's repeated
-            sentences: saliency, not retrieval), `{text: [files]}` or `{dataset: name}`.
+        haystack: `python-docs` (documentation topics of this Python), `everyday` (3,500 tokens of plain prose),
+            `generated-words`, `noise` (RULER's repeated sentences: saliency, not retrieval), `{text: [files]}` or
+            `{dataset: name}`.
         haystacks: `own` for every sample (independent), `paired` (samples of equal index share haystack and needle over
             all depths, for comparisons between depths) or `shared` (one haystack a length, for speed).
         question_first: the question stands before the text instead of behind it.
@@ -40,6 +81,7 @@ class Suite(Block):
         seed: of every haystack, key and value; samples with equal seed and place are equal in all suites.
         loss_block_tokens: width of the blocks in which the loss by position is stored.
         measure_loss: false leaves the loss by position out; with a vocabulary of 262,144 it costs as much as the rest.
+        perplexity: perplexity of plain text, measured after the tasks; one measurement or several.
     """
 
     description: str
@@ -57,6 +99,7 @@ class Suite(Block):
     loss_block_tokens: Annotated[int, Field(ge=1)] = 256
     measure_loss: bool = True
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    perplexity: Annotated[list[PerplexityBlock] | None, BeforeValidator(_listed)] = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Suite:
@@ -68,6 +111,9 @@ class Suite(Block):
             doubled = sorted({name for name in names if names.count(name) > 1})
             if doubled:
                 problems.append(f"two tasks have the name {doubled[0]}; give one of them another `name`")
+        problems += [
+            problem for task in self.tasks or () if (problem := task.grid_problem(task.grid or self.grid)) is not None
+        ]
         if self.thinking and not self.apply_chat_template:
             problems.append("thinking needs apply_chat_template: true")
         if not self.answer_prefix and not self.apply_chat_template:
@@ -102,7 +148,7 @@ class Suite(Block):
         Raises:
             KeyError: no such task.
         """
-        return next(iter([task for task in self.members if task.cell_name == cell_name]))
+        return {task.cell_name: task for task in self.members}[cell_name]
 
 
 @dataclass(frozen=True, order=True)
@@ -136,6 +182,11 @@ def load_suite(name: str, overrides: Sequence[str] = ()) -> Suite:
     return validate_document(
         apply_overrides(read_document(find_shipped(name, "evals/suites", "suite")), overrides), Suite
     )
+
+
+def stored_suite(values: Mapping[str, Any]) -> Suite:
+    """A suite as plans, reports and folders of samples hold it, with the name that it was asked for."""
+    return Suite.model_validate({key: value for key, value in values.items() if key != "name"})
 
 
 def resolve_samples(suite: Suite, original_length: int, target_length: int) -> list[Sample]:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import csv
 import io
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ctxext.evaluation.arms import Arm, Coverage
 from ctxext.evaluation.clusters import cluster_of
-from ctxext.evaluation.conclusions import Arm
 from ctxext.evaluation.effective_length import needle_effective_lengths
 from ctxext.evaluation.statistics import MeanScore, mean_score
 from ctxext.evaluation.store import SampleResult
@@ -23,9 +24,10 @@ from ctxext.evaluation.tail import TailNumber, tail_number
 
 _DIGITS = 6
 _CSV_COLUMNS = (
-    "arm recorded task length_tokens depth num_samples num_missing num_degenerate num_right score low high "
-    "num_haystacks num_effective"
+    "arm recorded task length_tokens depth num_samples num_missing num_degenerate num_empty num_repeating num_endless "
+    "num_right score low high num_haystacks num_effective"
 )
+_DEGENERATE = ("empty", "repeating", "endless")
 
 
 def results_table(
@@ -38,7 +40,7 @@ def results_table(
     return {
         "results": {task: _task_results(task, members) for task, members in tasks.items()},
         "group_subtasks": {task: [] for task in tasks},
-        "configs": {task: _task_config(task, members, identity, suite or {}) for task, members in tasks.items()},
+        "configs": {task: _task_config(task, members, identity) for task, members in tasks.items()},
         "versions": {task: _version(members) for task, members in tasks.items()},
         "n-shot": dict.fromkeys(tasks, 0),
         "higher_is_better": {task: {"score": True, "accuracy": True} for task in tasks},
@@ -52,13 +54,14 @@ def results_table(
             "dtype": identity.get("dtype"),
             "device": environment.get("device"),
             "random_seed": identity.get("seed"),
-            "gen_kwargs": {"do_sample": False, "max_gen_toks": identity.get("max_new_tokens")},
+            "gen_kwargs": {"do_sample": False, "max_gen_toks": _longest_budget(tasks, identity)},
         },
         "model_source": "ctxext",
         "model_name": weights.get("source"),
         "transformers_version": environment.get("packages", {}).get("transformers"),
         "total_evaluation_time_seconds": round(math.fsum(sample.seconds for sample in samples), 1),
         "environment": environment,
+        "suite": dict(suite or {}),
         "cells": [_cell_numbers(cell, members) for cell, members in cells_of(samples)],
         "effective_length": {task: _effective(members) for task, members in tasks.items()},
         "tail": {task: _tail(members) for task, members in tasks.items()},
@@ -79,11 +82,16 @@ def score_of(samples: Iterable[SampleResult]) -> MeanScore | None:
     return mean_score([s.score for s in scored], [cluster_of(s) for s in scored]) if scored else None
 
 
-def cells_table(arms: Sequence[Arm]) -> str:
-    """CSV with one line a cell and arm: counts, mean score with its interval, haystacks behind it."""
+def cells_table(arms: Sequence[Arm], coverage: Coverage | None = None) -> str:
+    """CSV with one line a cell and arm: counts, mean score with its interval, haystacks behind it.
+
+    Args:
+        coverage: how far the suite reached, to stand in every line: nothing is claimed beyond it.
+    """
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(_CSV_COLUMNS.split())
+    limits = {"longest_tested": coverage.longest_tokens, "target_length": coverage.target_length} if coverage else {}
+    writer.writerow([*_CSV_COLUMNS.split(), *limits])
     for arm in arms:
         for cell, members in cells_of(arm.samples):
             numbers = _cell_numbers(cell, members)
@@ -95,11 +103,14 @@ def cells_table(arms: Sequence[Arm]) -> str:
                     cell.task,
                     cell.length_tokens,
                     f"{cell.depth:g}",
-                    *(numbers[key] for key in ("num_samples", "num_missing", "num_degenerate", "num_right")),
+                    *(numbers[key] for key in ("num_samples", "num_missing", "num_degenerate")),
+                    *(numbers["degenerate"].get(kind, 0) for kind in _DEGENERATE),
+                    numbers["num_right"],
                     numbers.get("score", ""),
                     *interval,
                     numbers.get("num_haystacks", ""),
                     numbers.get("num_effective", ""),
+                    *limits.values(),
                 ]
             )
     return stream.getvalue()
@@ -131,19 +142,28 @@ def _metric(name: str, score: MeanScore) -> dict[str, Any]:
     }
 
 
-def _task_config(
-    task: str, members: Sequence[SampleResult], identity: Mapping[str, Any], suite: Mapping[str, Any]
-) -> dict[str, Any]:
+def _task_config(task: str, members: Sequence[SampleResult], identity: Mapping[str, Any]) -> dict[str, Any]:
+    shared = {key: value for key, value in identity.items() if key not in ("weights", "tasks")}
     return {
         "task": task,
         "output_type": "generate_until",
         "metric_list": [
             {"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in _metrics(members)
         ],
-        "generation_kwargs": {"do_sample": False, "max_gen_toks": identity.get("max_new_tokens")},
+        "generation_kwargs": {"do_sample": False, "max_gen_toks": _budget(task, identity)},
         "num_fewshot": 0,
-        "metadata": {**{key: value for key, value in identity.items() if key != "weights"}, "suite": dict(suite)},
+        "metadata": {**shared, **identity.get("tasks", {}).get(task, {})},
     }
+
+
+def _budget(task: str, identity: Mapping[str, Any]) -> int | None:
+    """Answer tokens of a task: its own where the suite has several, else the suite's."""
+    own: int | None = identity.get("tasks", {}).get(task, identity).get("max_new_tokens")
+    return own
+
+
+def _longest_budget(tasks: Iterable[str], identity: Mapping[str, Any]) -> int | None:
+    return max((budget for task in tasks if (budget := _budget(task, identity)) is not None), default=None)
 
 
 def _metrics(members: Sequence[SampleResult]) -> list[str]:
@@ -164,6 +184,7 @@ def _cell_numbers(cell: Cell, members: Sequence[SampleResult]) -> dict[str, Any]
         "num_samples": len(scored),
         "num_missing": len(members) - len(scored),
         "num_degenerate": sum(sample.degenerate is not None for sample in scored),
+        "degenerate": dict(sorted(Counter(sample.degenerate for sample in scored if sample.degenerate).items())),
         "num_right": sum(sample.score >= 1.0 for sample in scored),
     }
     score = score_of(scored)

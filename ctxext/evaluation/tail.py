@@ -95,11 +95,11 @@ def tail_number(samples: Iterable[SampleResult]) -> TailNumber | NoTail:
 
 
 def _pairs(first: list[SampleResult], last: list[SampleResult]) -> list[tuple[str, float, float]]:
-    """Haystack, score in the last tenth, score in the first, of every needle asked in both."""
-    ends: list[dict[tuple[str, str, str], list[float]]] = [defaultdict(list), defaultdict(list)]
+    """Cluster, score in the last tenth, score in the first, of every needle asked in both ends of one haystack."""
+    ends: list[dict[tuple[str, str, str, str], list[float]]] = [defaultdict(list), defaultdict(list)]
     for group, scores in zip((last, first), ends, strict=True):
         for sample in group:
-            scores[sample.haystack_sha256, sample.key, sample.expected].append(sample.score)
+            scores[cluster_of(sample), sample.haystack_sha256, sample.key, sample.expected].append(sample.score)
     last_scores, first_scores = ends
     return [
         (needle[0], sum(scores) / len(scores), sum(first_scores[needle]) / len(first_scores[needle]))

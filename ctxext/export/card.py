@@ -23,7 +23,8 @@ from gguf import GGUFReader
 from huggingface_hub import EvalResult, ModelCardData, hf_hub_download, metadata_load
 
 from ctxext.errors import ArtefactError, CtxextError
-from ctxext.evaluation.heatmap import length_label
+from ctxext.evaluation.arms import CONTROL_TASK
+from ctxext.evaluation.cells import length_label
 from ctxext.export.markdown import Markdown, code, escape, fenced
 from ctxext.files import (
     MANIFEST_NAME,
@@ -42,6 +43,8 @@ from ctxext.train.adapter import PROVENANCE_NAME, read_provenance
 
 CARD_NAME = "README.md"
 PICTURES = "heatmap-*.png"
+# What was read in training, in the run folder.
+DATA_NAME = "data.json"
 
 _ARM_FOLDERS = {"base": "before", "extended": "after"}
 _ARM_ORDER = ("base", "extended", "control", "untrained")
@@ -52,6 +55,7 @@ _REPO_ID = re.compile(r"(?:[A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9][\w.-]{0,95}", r
 _LICENCE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 _LOCAL_PATH = re.compile(r"(?:/|~|\.{1,2}/|[A-Za-z]:[\\/]|\\\\)")
 _PACKAGED_DATASETS = ("json", "parquet", "csv", "text", "arrow")
+_FILES_OF_THE_MAKER = {"text": "text files", "code": "code repositories", "tokens": "tokenised files"}
 _EDIT_MARK = re.compile(r"<!-- ctxext card ([0-9a-f]{64}) -->\n\Z")
 
 
@@ -227,13 +231,24 @@ def _summary(run_folder: Path, provenance: Mapping[str, Any]) -> dict[str, Any]:
         )
     for row in _live_rows(summary):
         results = run_folder / "eval" / _ARM_FOLDERS.get(row["arm"], row["arm"]) / "results.json"
-        counts = {length: (r.get("num_right"), r["num_samples"]) for length, r in read_json(results)["results"].items()}
         shown = {length: (share["num_right"], share["num_samples"]) for length, share in row["lengths"].items()}
-        if counts != shown:
+        if _counts(read_json(results)) != shown:
             raise ArtefactError("the report is older than the samples", where=str(results), hint=redo)
         if not (path.parent / f"{_picture(row)}.png").is_file():
             raise ArtefactError("the report lacks the heatmap of an arm", where=str(path.parent), hint=redo)
     return summary
+
+
+def _counts(results: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """Right and scored samples of each length, from the cells of a `results.json`."""
+    counts: dict[str, tuple[int, int]] = {}
+    configs = results.get("configs", {})
+    controls = {name for name, task in configs.items() if task["metadata"].get("task", name) == CONTROL_TASK}
+    for cell in results.get("cells", []):
+        if cell["num_samples"] and cell["task"] not in controls:
+            right, scored = counts.get(str(cell["length_tokens"]), (0, 0))
+            counts[str(cell["length_tokens"])] = right + cell["num_right"], scored + cell["num_samples"]
+    return counts
 
 
 def _live_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -284,6 +299,7 @@ def _run_values(run_folder: Path, recipe: Recipe, summary: Mapping[str, Any]) ->
         "suite": public_values(plan["suite"]),
         "environment": environment,
         "sources": describe_sources(recipe.data.sources),
+        "contamination": _contamination(run_folder),
         "retrieval_note": summary["retrieval_note"],
         "rows": rows,
         "pictured": _pictured(summary),
@@ -302,6 +318,12 @@ def _run_values(run_folder: Path, recipe: Recipe, summary: Mapping[str, Any]) ->
     }
 
 
+def _contamination(run_folder: Path) -> str | None:
+    """Whether training text held what was asked; None for runs that did not look."""
+    path = run_folder / DATA_NAME
+    return str(read_json(path)["contamination"]["sentence"]) if path.is_file() else None
+
+
 def _degenerate(statements: Iterable[Mapping[str, Any]]) -> list[str]:
     counted = [arm for s in statements if s["topic"] == "degenerate" for arm in s["numbers"]["arms"]]
     return [f"{arm['arm']} {arm['count']} of {arm['of']}" for arm in counted if arm["count"] and not arm["recorded"]]
@@ -317,11 +339,13 @@ def describe_sources(sources: Sequence[SourceBlock]) -> list[Markdown]:
 def _source_words(source: SourceBlock) -> Markdown:
     if source.kind == "python-stdlib":
         return Markdown("docstrings and sources of Python's standard library, without its documentation topics")
+    if source.kind == "python-docs":
+        return Markdown("the documentation topics of Python")
     if source.kind == "generated-words":
         return Markdown("generated sentences of common words")
     files = ", ".join(code(_file_name(path)) for path in source.paths)
-    if source.kind == "text":
-        return Markdown(f"text files of the maker: {files}")
+    if source.kind in _FILES_OF_THE_MAKER:
+        return Markdown(f"{_FILES_OF_THE_MAKER[source.kind]} of the maker: {files}")
     if source.name is None or source.name in _PACKAGED_DATASETS or not is_repo_id(source.name):
         return Markdown(f"local data files: {files}" if files else "local data files")
     link = f"[{escape(source.name)}]({_HUB}/datasets/{source.name})"

@@ -12,11 +12,14 @@ import os
 import platform
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -282,7 +285,70 @@ def _run_reader(environment: Environment, command: Sequence[str], timeout_second
     return f"exit code {process.returncode}: {last_line(stderr) or 'no message'}"
 
 
-def _kill_group(process: subprocess.Popen[str]) -> None:
+@contextmanager
+def serving(
+    environment: Environment, model: Path, *, context_tokens: int, timeout_seconds: float = 300.0
+) -> Iterator[str]:
+    """The address of the reader's own OpenAI-compatible server around a model, which ends with the block.
+
+    Args:
+        model: a folder, or a GGUF file for llama.cpp.
+
+    Raises:
+        ResourceError: this reader has no server, or it did not start.
+    """
+    name = environment.reader.name
+    if not (_SCRIPTS / f"serve_{name}.py").is_file():
+        raise ResourceError(f"reader '{name}' has no server that could be started")
+    port = _free_port()
+    with tempfile.TemporaryFile() as stderr:
+        process = subprocess.Popen(
+            [
+                str(environment.python),
+                "-I",
+                str(_SCRIPTS / "serve.py"),
+                name,
+                str(model),
+                str(context_tokens),
+                str(port),
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=stderr,
+            env=_clean_environment(),
+            start_new_session=True,
+        )
+        try:
+            if not _answers(f"http://127.0.0.1:{port}/v1/models", process, timeout_seconds):
+                stderr.seek(0)
+                raise ResourceError(
+                    f"the server of reader '{name}' did not start",
+                    got=last_line(stderr.read().decode(errors="replace")) or f"exit code {process.poll()}",
+                )
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            if process.poll() is None:
+                _kill_group(process)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _answers(url: str, process: subprocess.Popen[bytes], timeout_seconds: float) -> bool:
+    """Whether the address answers before the process or the time ends."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy for loopback
+    end = time.monotonic() + timeout_seconds
+    while process.poll() is None and time.monotonic() < end:
+        with suppress(OSError), opener.open(url, timeout=5):
+            return True
+        time.sleep(0.25)
+    return False
+
+
+def _kill_group(process: subprocess.Popen[Any]) -> None:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

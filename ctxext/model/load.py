@@ -6,8 +6,11 @@ import copy
 import importlib.util
 import io
 import logging
+import shutil
+import tempfile
 import warnings
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
@@ -224,24 +227,31 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device,
     attention: str = "sdpa",
+    device_map: str | Mapping[str, str | int] | None = None,
 ) -> PreTrainedModel:
     """Build the model from `config` (extended or not) and the source's weights, on `device`, in eval mode.
 
     Rotary frequencies stay float32 whatever `dtype` is. The config is copied, because loading mutates it.
 
+    Args:
+        device_map: spreads a model that is too large for `device`, as transformers' `from_pretrained` takes it; what no
+            device has room for goes to disk, into a folder that is removed with the model.
+
     Raises:
         ArtefactError: weights missing, truncated, or not all used.
     """
     try:
-        with quiet():
+        with quiet(), _offload_folder(device_map) as (spread, keep):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source.location,
                 config=copy.deepcopy(config),
                 dtype=dtype,
                 attn_implementation=attention,
                 output_loading_info=True,
+                **spread,
                 **source.arguments(),
             )
+            keep(loaded[0])
     except CtxextError:
         raise
     except torch.OutOfMemoryError:
@@ -259,10 +269,29 @@ def load_model(
         )
     if source.gguf_file:
         _forget_gguf(model)
-    model.to(device)
+    if device_map is None:
+        model.to(device)
     model.eval()
     ready: PreTrainedModel = model
     return ready
+
+
+@contextmanager
+def _offload_folder(device_map: Any) -> Iterator[tuple[dict[str, Any], Callable[[Any], None]]]:
+    """Arguments of `from_pretrained` for a device map, and what ties the folder's life to the loaded model's."""
+    if device_map is None:
+        yield {}, lambda model: None
+        return
+    folder = tempfile.mkdtemp(prefix="ctxext-offload-")
+
+    def keep(model: Any) -> None:
+        weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
+
+    try:
+        yield {"device_map": device_map, "offload_folder": folder}, keep
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _forget_gguf(model: PreTrainedModel) -> None:

@@ -19,9 +19,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from ctxext.errors import ArtefactError, CtxextError, UsageError
-from ctxext.evaluation.conclusions import Arm, compare_arms
+from ctxext.evaluation.arms import Arm, Coverage, compare_arms, coverage_of, without_controls
+from ctxext.evaluation.cells import Over, length_label
 from ctxext.evaluation.curves import accuracy_by_length
-from ctxext.evaluation.heatmap import heatmap, length_label
+from ctxext.evaluation.heatmap import heatmap
 from ctxext.evaluation.statistics import MeanScore, PairedComparison, counted, holm
 from ctxext.evaluation.store import SampleResult, load_samples
 from ctxext.evaluation.tables import score_of
@@ -43,14 +44,22 @@ class Entry:
     original_length: int | None = None
     target_length: int | None = None
 
+    @property
+    def coverage(self) -> Coverage | None:
+        """How far the arm was tested, beside its target length; None where no target is known."""
+        if self.target_length is None:
+            return None
+        return coverage_of([self.arm], self.target_length, self.arm.answer_tokens)
+
 
 @dataclass(frozen=True)
 class PairTest:
     """Two entries on the prompts they share, at one place.
 
     Attributes:
-        place: one length of one task; None for all prompts that the two share.
-        p_adjusted: by Holm over the lengths of this pair; the plain p value for all prompts together.
+        place: one length of one task; None for all prompts that the two share, those without a needle left out.
+        p_adjusted: by Holm over the lengths of this pair; for all prompts together over the arms compared.
+        num_tests: how many p values were adjusted together.
     """
 
     first: str
@@ -58,6 +67,7 @@ class PairTest:
     place: tuple[str, int] | None
     comparison: PairedComparison
     p_adjusted: float
+    num_tests: int = 1
 
     @property
     def verdict(self) -> str:
@@ -130,7 +140,7 @@ def compare(entries: Sequence[Entry]) -> Comparison:
         ]
         for task, length in places
     }
-    tests = [test for entry in entries[1:] for test in _tests(entry, entries[0])]
+    tests = _adjusted([test for entry in entries[1:] for test in _tests(entry, entries[0])])
     return Comparison(list(entries), common, scores, tests, _notes(entries, common))
 
 
@@ -139,7 +149,10 @@ def comparison_table(comparison: Comparison) -> tuple[Table, list[str]]:
     tasks = {task for task, _ in comparison.scores}
     basis = counted(len(comparison.common), "common prompt") if comparison.common else "each arm's own prompts"
     title = f"Share of right answers by length ({basis})"
-    table = Table(title=title, title_justify="left", min_width=len(title))
+    limit = _limit(comparison.entries)
+    if limit is not None and not limit.reached:
+        title += f"; tested up to {limit.longest_tokens:,} of {limit.target_length:,} tokens"
+    table = Table(title=title, title_justify="left", min_width=min(len(title), 78))
     places = [f"{task} {length_label(n)}" if len(tasks) > 1 else length_label(n) for task, n in comparison.scores]
     labels = [escape(entry.label) for entry in comparison.entries]
     cells = [[_cell(score) for score in scores] for scores in comparison.scores.values()]
@@ -168,6 +181,8 @@ def comparison_numbers(comparison: Comparison) -> dict[str, Any]:
                 "original_length": entry.original_length,
                 "target_length": entry.target_length,
                 "num_scored": len(entry.arm.scored),
+                "longest_tested": entry.coverage.longest_tokens if entry.coverage else None,
+                "target_reached": entry.coverage.reached if entry.coverage else None,
             }
             for entry in comparison.entries
         ],
@@ -193,6 +208,7 @@ def comparison_numbers(comparison: Comparison) -> dict[str, Any]:
                 "neither": test.comparison.neither,
                 "p_value": test.comparison.p_value,
                 "p_adjusted": test.p_adjusted,
+                "num_tests": test.num_tests,
             }
             for test in comparison.tests
         ],
@@ -203,12 +219,15 @@ def comparison_numbers(comparison: Comparison) -> dict[str, Any]:
 def comparison_csv(comparison: Comparison) -> str:
     """One line a task, length and arm."""
     stream = io.StringIO()
-    columns = ["task", "length_tokens", "label", "num_samples", "num_haystacks", "score", "low", "high"]
+    columns = "task length_tokens label num_samples num_haystacks score low high longest_tested target_length".split()
+    limits = {entry.label: entry.coverage for entry in comparison.entries}
     writer = csv.DictWriter(stream, columns, lineterminator="\n", restval="")
     writer.writeheader()
     for row in comparison_numbers(comparison)["scores"]:
         low, high = row.pop("interval_95", ["", ""])
-        writer.writerow({**row, "low": low, "high": high})
+        limit = limits[row["label"]]
+        known = {"longest_tested": limit.longest_tokens, "target_length": limit.target_length} if limit else {}
+        writer.writerow({**row, "low": low, "high": high, **known})
     return stream.getvalue()
 
 
@@ -228,9 +247,16 @@ def write_comparison(folder: Path, comparison: Comparison) -> list[Path]:
             replace(e.arm, name=e.label, label=e.label, recorded=False, samples=_shown(e, comparison.common))
             for e in comparison.entries
         ]
+        limit = _limit(comparison.entries)
+        lengths: Any = {
+            "original_length": original,
+            "target_length": target,
+            "footnote": limit.footnote if limit else None,
+        }
+        over: Over = "task" if len({task for task, _ in comparison.scores}) > 1 else "depth"
         for stem, picture in (
-            ("accuracy_by_length", accuracy_by_length(arms, original_length=original, target_length=target)),
-            ("heatmaps", heatmap(arms, original_length=original, target_length=target)),
+            ("accuracy_by_length", accuracy_by_length([without_controls(arm) for arm in arms], **lengths)),
+            ("heatmaps", heatmap(arms, **lengths, over=over)),
         ):
             for suffix, data in (("png", picture.png), ("svg", picture.svg)):
                 files.append(folder / f"{stem}.{suffix}")
@@ -318,23 +344,43 @@ def _shown(entry: Entry, common: set[str]) -> list[SampleResult]:
 
 def _tests(entry: Entry, reference: Entry) -> list[PairTest]:
     """All shared prompts together, then each task and length by itself."""
-    whole = compare_arms(entry.arm, reference.arm)
+    mine, theirs = without_controls(entry.arm), without_controls(reference.arm)
+    whole = compare_arms(mine, theirs)
     if whole is None:
         return []
     tests = [PairTest(entry.label, reference.label, None, whole, whole.p_value)]
-    places = sorted({(s.task, s.length_tokens) for s, _ in entry.arm.pairs_with(reference.arm)})
+    places = sorted({(s.task, s.length_tokens) for s, _ in mine.pairs_with(theirs)})
     if len(places) < 2:
         return tests
     parts = []
     for place in places:
-        part = compare_arms(entry.arm, reference.arm, lambda s, place=place: (s.task, s.length_tokens) == place)  # type: ignore[misc]
+        part = compare_arms(mine, theirs, lambda s, place=place: (s.task, s.length_tokens) == place)  # type: ignore[misc]
         if part is not None:
             parts.append((place, part))
     adjusted = holm([part.p_value for _, part in parts])
     return tests + [
-        PairTest(entry.label, reference.label, place, part, p_value)
+        PairTest(entry.label, reference.label, place, part, p_value, len(parts))
         for (place, part), p_value in zip(parts, adjusted, strict=True)
     ]
+
+
+def _adjusted(tests: list[PairTest]) -> list[PairTest]:
+    """The tests over all prompts adjusted for each other: several arms are compared with the first."""
+    wholes = [test for test in tests if test.place is None]
+    p_values = iter(holm([test.comparison.p_value for test in wholes]))
+    return [
+        replace(test, p_adjusted=next(p_values), num_tests=len(wholes)) if test.place is None else test
+        for test in tests
+    ]
+
+
+def _limit(entries: Sequence[Entry]) -> Coverage | None:
+    """How far the tests of all entries reach together, beside the longest target length."""
+    target = max((entry.target_length for entry in entries if entry.target_length), default=None)
+    if target is None:
+        return None
+    arms = [entry.arm for entry in entries]
+    return coverage_of(arms, target, max(arm.answer_tokens for arm in arms))
 
 
 def _test_lines(tests: Sequence[PairTest]) -> list[str]:
@@ -342,10 +388,13 @@ def _test_lines(tests: Sequence[PairTest]) -> list[str]:
     lines = []
     for whole in (test for test in tests if test.place is None):
         pair = whole.comparison
+        named = "" if whole.first in whole.verdict else f"{whole.first} against {whole.second}: "
         units = f" of {counted(pair.num_units, 'haystack')}" if pair.num_units < pair.num_pairs else ""
         lines.append(
-            f"{whole.verdict}: {pair.first.text()} against {pair.second.text()} on {counted(pair.num_pairs, 'prompt')}"
-            f"{units}, {pair.only_first} only the first and {pair.only_second} only the second, {pair.test} test."
+            f"{named}{whole.verdict}: {pair.first.text()} against {pair.second.text()} on "
+            f"{counted(pair.num_pairs, 'prompt')}{units}, {pair.only_first} only the first and {pair.only_second} only "
+            f"the second, {pair.test} test"
+            f"{f', p adjusted for {whole.num_tests} comparisons' if whole.num_tests > 1 else ''}."
         )
         parts = [t for t in tests if t.place and (t.first, t.second) == (whole.first, whole.second)]
         several = len({part.place[0] for part in parts if part.place}) > 1
@@ -376,6 +425,11 @@ def _notes(entries: Sequence[Entry], common: set[str]) -> list[str]:
         missing = len(entry.arm.samples) - len(entry.arm.scored)
         if missing:
             notes.append(f"{entry.label}: {counted(missing, 'prompt')} without a score.")
+    for entry in entries:
+        if entry.coverage is not None and entry.coverage.sentence:
+            notes.append(f"{entry.label}: {entry.coverage.sentence}")
+    if any(arm.is_saliency(task) for arm in (entry.arm for entry in entries) for task in arm.tasks):
+        notes.append("Some texts are repeated noise: those prompts test saliency, not retrieval.")
     metrics = {s.metric for entry in entries for s in entry.arm.scored if s.metric}
     by_entry = {frozenset(s.metric for s in entry.arm.scored if s.metric) for entry in entries}
     if len(by_entry) > 1:

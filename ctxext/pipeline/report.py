@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from ctxext.errors import ArtefactError
+from ctxext.evaluation.cells import Over
 from ctxext.evaluation.conclusions import Arm, ArmName
-from ctxext.evaluation.haystack import load_haystack
+from ctxext.evaluation.haystack import HaystackChoice, load_haystack
+from ctxext.evaluation.perplexity import load_perplexity
 from ctxext.evaluation.report import ReportFacts, write_report
 from ctxext.evaluation.store import load_samples
+from ctxext.evaluation.suite import stored_suite
 from ctxext.files import directory_atomic, read_json, write_json_atomic
 from ctxext.model.load import short_name
 from ctxext.pipeline.baselines import baseline_folder
+from ctxext.pipeline.excerpts import read_excerpts
 from ctxext.pipeline.run_folder import RunFolder
+from ctxext.pipeline.training_data import report_notes
 from ctxext.recipe.schema import Recipe
 
 _ORDER: tuple[ArmName, ...] = ("base", "untrained", "control", "extended")
@@ -26,6 +33,7 @@ def arm_labels(method: str) -> dict[str, str]:
     return {
         "base": "base model",
         "untrained": f"{method}, untrained",
+        "text-alone": f"{method}, trained on text alone",
         "control": "control: same training, no rewrite",
         "extended": f"{method}, trained",
     }
@@ -54,21 +62,22 @@ def recorded_arms(name: str) -> tuple[list[Arm], dict[str, Any]]:
     folder = baseline_folder(name)
     facts = read_json(folder / "baseline.json")
     labels = arm_labels(facts["method"])
+    found = [path.parent.name for path in sorted(folder.glob("*/samples.jsonl"))]
+    names = [name for name in _ORDER if name in found] + [name for name in found if name not in _ORDER]
     arms = [
         Arm(
             name=arm,
-            label=labels[arm],
+            label=labels.get(arm, arm),
             recorded=True,
             samples=load_samples(folder / arm),
             run=read_json(folder / arm / "run.json"),
         )
-        for arm in _ORDER
-        if (folder / arm / "samples.jsonl").is_file()
+        for arm in names
     ]
     return arms, facts
 
 
-def report_run(run: RunFolder) -> Path:
+def report_run(run: RunFolder, over: Over = "depth") -> Path:
     """Draw everything again from the samples and return the page.
 
     Raises:
@@ -78,7 +87,12 @@ def report_run(run: RunFolder) -> Path:
     facts, arms = gather(run, recipe)
     if not any(not arm.recorded for arm in arms):
         raise ArtefactError("nothing has been evaluated in this run yet", where=str(run.path))
-    return write_report(run.report, facts, arms)
+    live = [arm for arm in arms if not arm.recorded]
+    texts = {arm.name: load_perplexity(run.evaluation(arm.name)) for arm in live}
+    perplexity = {name: asdict(results[0]) for name, results in texts.items() if results}
+    return write_report(
+        run.report, facts, arms, excerpts=read_excerpts(run.path / "eval"), perplexity=perplexity, over=over
+    )
 
 
 def gather(run: RunFolder, recipe: Recipe) -> tuple[ReportFacts, list[Arm]]:
@@ -95,6 +109,8 @@ def gather(run: RunFolder, recipe: Recipe) -> tuple[ReportFacts, list[Arm]]:
             "Training used the evaluation's own wording and kind of text: this run demonstrates the method on a tiny "
             "model, it does not measure generalisation."
         )
+    if (run.path / "data.json").is_file():
+        notes += report_notes(read_json(run.path / "data.json"))
     windows = (
         f"{plan['window_mode']} windows of {plan['window_tokens']} tokens, {plan['windows_per_step']} a step, "
         f"{plan['steps']} steps"
@@ -124,7 +140,8 @@ def _recorded_note(name: str, baseline: dict[str, Any]) -> str:
         f"Recorded arms: {name}, made on {baseline['hardware']} with Python {baseline['python']} by "
         f"`{baseline['command']}`; they were not run on this machine."
     )
-    haystack = load_haystack(baseline["haystack"])
+    choice: HaystackChoice = TypeAdapter(HaystackChoice).validate_python(baseline["haystack"])
+    haystack = load_haystack(choice)
     if haystack.sha256 != baseline["haystack_sha256"]:
         note += (
             " This Python's documentation differs from the recorded haystack, so the recorded prompts are not the ones "
@@ -144,7 +161,8 @@ def record_baseline(run: RunFolder, destination: Path, *, command: str, hardware
     if not arms:
         raise ArtefactError("nothing has been evaluated in this run yet", where=str(run.path))
     plan, environment = read_json(run.path / "plan.json"), read_json(run.path / "environment.json")
-    haystack = load_haystack(plan["suite"]["haystack"])
+    choice = stored_suite(plan["suite"]).haystack
+    haystack = load_haystack(choice)
     with directory_atomic(destination) as partial:
         for arm in arms:
             source = run.evaluation(arm.name)
@@ -169,7 +187,7 @@ def record_baseline(run: RunFolder, destination: Path, *, command: str, hardware
                 "plan_id": plan["plan_id"],
                 "original_length": plan["original_length"],
                 "target_length": plan["target_length"],
-                "haystack": haystack.name,
+                "haystack": choice if isinstance(choice, str) else choice.model_dump(mode="json"),
                 "haystack_sha256": haystack.sha256,
                 "seconds": run.status()["stages"],
             },

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from known_answers import arm as known_arm
 from known_answers import grid, limited, oracle, tail_blind
@@ -17,6 +19,7 @@ from ctxext.evaluation.conclusions import (
     mean_loss,
     table_rows,
 )
+from ctxext.evaluation.effective_length import RULER_TASKS
 from ctxext.evaluation.store import SampleResult
 
 ORIGINAL, TARGET = 1024, 4096
@@ -281,3 +284,107 @@ def test_the_same_arm_twice_is_refused() -> None:
 def test_nothing_is_concluded_from_nothing() -> None:
     assert statements([], "extension") == []
     assert table_rows([], original_length=ORIGINAL) == []
+
+
+def test_arms_of_any_name_are_judged_against_the_control_arm_and_adjusted_for_their_number() -> None:
+    arms = [
+        arm("base", {4096: "0" * 12}),
+        arm("control", {4096: "000000000000"}),
+        arm("extended", {4096: "111111000000"}),
+        arm("text-alone", {4096: "100000000000"}),
+        arm("linear", {4096: "000000000000"}),
+    ]
+    (claim,) = statements(arms, "extension")
+    # Six one-sided pairs give p = 0.031, which is no longer enough among three comparisons.
+    assert (claim.numbers["p_value"], claim.numbers["num_tests"]) == (pytest.approx(2 * 0.5**6), 3)
+    assert claim.numbers["p_adjusted"] == pytest.approx(3 * 2 * 0.5**6)
+    assert claim.verdict == "not shown"
+    assert "p = 0.0312 (p = 0.0938 adjusted for 3 comparisons)" in claim.sentence
+    gains = statements(arms, "gain")
+    assert [g.numbers["first"] for g in gains] == ["text-alone", "linear"]
+    assert "Beyond the original length, text-alone against the control arm (no difference shown)" in gains[0].sentence
+    assert not any(g.headline for g in gains)
+    assert not [g for g in gains if "Context extension" in g.sentence]
+    # Beside a control arm only the extended arm has a before and after, which is adjusted for nothing.
+    (change,) = statements(arms, "before_after")
+    assert change.numbers["num_tests"] == 1
+
+
+def test_without_a_control_arm_every_arm_has_a_before_and_after_and_no_claim() -> None:
+    arms = [arm("base", {4096: "0" * 12}), arm("yarn", {4096: "1" * 12}), arm("linear", {4096: "0" * 11 + "1"})]
+    (claim,) = statements(arms, "extension")
+    assert claim.verdict == "no claim"
+    assert "no control arm was run" in claim.sentence
+    yarn, linear = statements(arms, "before_after")
+    assert (yarn.verdict, linear.verdict) == ("shown", "not shown")
+    assert yarn.numbers["num_tests"] == 2
+    assert "Before and after (label of yarn)" in yarn.sentence
+    assert all("no claim of extension" in s.sentence for s in (yarn, linear))
+    assert statements([arm("base", {4096: "0"})], "extension") == []
+
+
+def test_arms_that_were_asked_different_prompts_say_how_many_they_share() -> None:
+    arms = [arm("control", {4096: "0000"}), arm("extended", {4096: "111111"})]
+    (claim,) = statements(arms, "extension")
+    assert "the two arms share 4 of 6 prompts" in claim.sentence
+    assert (claim.numbers["num_shared"], claim.numbers["num_asked"], claim.numbers["num_left_out"]) == (4, 6, 0)
+    (shared,) = statements(arms, "prompts")
+    assert "4 of 6 are shared by all arms (control 4, extended 6)" in shared.sentence
+    assert not statements([arm("control", {4096: "0x"}), arm("extended", {4096: "11"})], "prompts")
+    apart = [arm("control", {2048: "00"}), arm("extended", {4096: "11"})]
+    assert statements(apart, "extension")[0].verdict == "no claim"
+    assert statements(apart, "prompts")[0].headline
+
+
+def test_what_holds_no_needle_says_nothing_but_the_chance_level() -> None:
+    """Right answers without a needle would lift the extended arm if they counted."""
+    run = {"identity": {"tasks": {"chance": {"task": "no_needle"}}}}
+    arms = []
+    for name, mark in (("control", "0"), ("extended", "1")):
+        controls = [replace(sample(4096, 20 + i, mark == "1"), task="chance") for i in range(9)]
+        arms.append(replace(arm(name, {4096: "000000"}), run=run))
+        arms[-1].samples.extend(controls)
+    (claim,) = statements(arms, "extension")
+    assert (claim.verdict, claim.numbers["num_pairs"]) == ("not shown", 6)
+    (chance,) = statements(arms, "chance")
+    assert "control 0 of 9" in chance.sentence
+    assert "extended 9 of 9" in chance.sentence
+    assert "right by chance, or the scoring is wrong" in chance.sentence
+    assert table_rows(arms, original_length=ORIGINAL)[1].by_length[4096].num_trials == 6
+
+
+def test_kinds_of_degenerate_answers_are_told_apart() -> None:
+    kinds = ["empty", "endless", "endless", None]
+    samples = [sample(4096, i, degenerate=kind) for i, kind in enumerate(kinds)]
+    (degenerate,) = statements([Arm("base", "base", False, samples, {})], "degenerate")
+    assert "base 3 of 4 (0.30-0.95): 2 endless, 1 empty" in degenerate.sentence
+
+
+def test_a_base_model_that_fails_on_the_shortest_prompts_is_pointed_out() -> None:
+    (found,) = statements([arm("base", {512: "1000", 4096: "0000"})], "shortest")
+    assert "at 512 tokens the base model scores 0.25" in found.sentence
+    assert not statements([arm("base", {512: "1111", 4096: "0000"})], "shortest")
+
+
+def test_prompts_of_repeated_noise_count_one_by_one_and_are_called_saliency() -> None:
+    """All have the one text: as clusters of a haystack they would be a single one, which could show nothing."""
+    pairs = []
+    for name, right in (("control", False), ("extended", True)):
+        members = [sample(4096, i, right, haystack="the grass is green") for i in range(6)]
+        noise = [replace(s, key=f"key {s.index}", facts={"haystack": "noise"}) for s in members]
+        pairs.append(Arm(name, name, False, noise, {}))
+    (claim,) = statements(pairs, "extension")
+    assert (claim.verdict, claim.numbers["test"]) == ("shown", "McNemar")
+    assert "the text is repeated noise, one for all prompts: saliency rather than retrieval" in claim.sentence
+    one_needle = [replace(p, samples=[replace(s, key="key") for s in p.samples]) for p in pairs]
+    assert statements(one_needle, "extension")[0].numbers["num_haystacks"] == 1
+
+
+def test_thirteen_tasks_have_an_effective_length_and_twelve_have_none() -> None:
+    samples = [s for task in RULER_TASKS for s in grid(limited(2048), [1024, 2048, 4096], task=task)]
+    drawn = statements([known_arm("base", samples)], "effective_length")
+    assert len(drawn) == 1
+    assert "ctxext's prompts, not RULER's files" in drawn[0].sentence
+    assert "base 2,048 tokens (4,096 fails)" in drawn[0].sentence
+    fewer = [s for s in samples if s.task != RULER_TASKS[0]]
+    assert not statements([known_arm("base", fewer)], "effective_length")

@@ -6,7 +6,8 @@ import pytest
 from known_answers import arm as known_arm
 from known_answers import grid, hole, oracle
 
-from ctxext.evaluation.conclusions import Arm, ArmName
+from ctxext.evaluation.arms import Arm, ArmName
+from ctxext.evaluation.cells import cell_counts, position_rows
 from ctxext.evaluation.curves import (
     _line_style,
     accuracy_by_depth,
@@ -15,8 +16,9 @@ from ctxext.evaluation.curves import (
     comparable_panels,
     loss_by_position,
     loss_curve,
+    perplexity_by_position,
 )
-from ctxext.evaluation.heatmap import CellCount, heatmap, position_counts, position_rows
+from ctxext.evaluation.heatmap import heatmap
 from ctxext.evaluation.store import SampleResult
 
 LENGTHS = {"original_length": 8, "target_length": 16}
@@ -124,15 +126,47 @@ def test_arms_of_one_name_get_lines_of_their_own() -> None:
     assert _line_style(first, [first]) == _line_style(first, [first, known_arm("extended", [])])
 
 
+def test_an_arm_of_a_new_name_takes_a_line_that_no_other_has() -> None:
+    arms = [known_arm(name, []) for name in ("base", "control", "text-alone", "linear", "extended")]
+    styles = [_line_style(arm, arms) for arm in arms]
+    assert len(set(styles)) == len(arms)
+    assert styles[0] == _line_style(arms[0], arms[:1])
+
+
+def test_perplexity_is_drawn_with_the_border_of_its_window() -> None:
+    blocks = [{"start": start, "end": start + 512, "loss": 2.0, "num_tokens": 512} for start in (0, 512, 1024)]
+    results = {"base": {"kind": "sliding-window", "window_tokens": 512, "stride_tokens": 256, "blocks": blocks}}
+    arms = [known_arm("base", []), known_arm("extended", [])]
+    drawn = perplexity_by_position(arms, results, original_length=1024, target_length=2048)
+    assert b"window 512" in drawn.svg
+    assert b"original 1K" in drawn.svg
+    assert b"label of base" in drawn.svg
+    assert b"label of extended" not in drawn.svg  # nothing was measured of it
+    with pytest.raises(ValueError, match="no arms"):
+        perplexity_by_position(arms, {}, original_length=1024, target_length=2048)
+
+
+def test_how_far_was_tested_stands_below_every_curve() -> None:
+    arms = [known_arm("base", grid(hole))]
+    note = "Tested up to 4,096 tokens; nothing is claimed"
+    for drawn in (
+        loss_by_position(arms, original_length=1024, target_length=8192, footnote=note),
+        accuracy_by_length(arms, original_length=1024, target_length=8192, footnote=note),
+        accuracy_by_depth(arms, original_length=1024, footnote=note),
+        heatmap(arms, original_length=1024, target_length=8192, footnote=note),
+    ):
+        assert note.encode() in drawn.svg
+
+
 def test_positions_are_rows_of_equal_height_and_needles_fall_into_theirs() -> None:
     assert position_rows(4096) == [256.0 * number for number in range(16)]
     assert position_rows(12288)[1] == 1024.0
     assert position_rows(0) == [0.0]
-    counts = position_counts(known_arm("base", grid(hole, [4096])), 256)
-    assert counts[4096, 2048.0] == CellCount(0, 5, 0)
-    assert counts[4096, 1024.0] == CellCount(5, 5, 0)
+    counts = cell_counts(known_arm("base", grid(hole, [4096])), "position", 256)
+    assert (counts[4096, 2048.0].num_right, counts[4096, 2048.0].num_scored) == (0, 5)
+    assert (counts[4096, 1024.0].num_right, counts[4096, 1024.0].num_scored) == (5, 5)
     assert sum(count.num_scored for count in counts.values()) == 25
-    drawn = heatmap([known_arm("base", grid(hole))], original_length=1024, target_length=4096, rows_by="position")
+    drawn = heatmap([known_arm("base", grid(hole))], original_length=1024, target_length=4096, over="position")
     assert b"position of the needle (token index)" in drawn.svg
     assert b"from 3,840" in drawn.svg
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -22,10 +22,13 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ctxext.data.boundaries import encode_plain
+from ctxext.evaluation.answerer import Answer, Answerer
+from ctxext.evaluation.backend import NoAnswerError
+from ctxext.evaluation.cells import cell_counts
 from ctxext.evaluation.conclusions import Arm
-from ctxext.evaluation.engine import Answerer, block_means, evaluate_samples
+from ctxext.evaluation.engine import block_means, evaluate_samples
 from ctxext.evaluation.haystack import HaystackReader, load_haystack
-from ctxext.evaluation.heatmap import cell_counts, heatmap
+from ctxext.evaluation.heatmap import heatmap
 from ctxext.evaluation.prompt import PromptBuilder
 from ctxext.evaluation.store import SampleResult, SampleStore, by_length, grid_of, load_samples
 from ctxext.evaluation.suite import GridRow, Suite, resolve_samples
@@ -191,6 +194,9 @@ class KnownAnswers(nn.Module):
     def get_decoder(self) -> nn.Module:
         return self.decoder
 
+    def get_input_embeddings(self) -> nn.Module:
+        return self.head
+
     def get_output_embeddings(self) -> nn.Module:
         return self.head
 
@@ -210,14 +216,16 @@ def grid_suite(samples: int = 2) -> Suite:
     )
 
 
-def evaluate(model: Any, folder: Path, suite: Suite | None = None, chunk: int = 64) -> list[SampleResult]:
+def evaluate(
+    model: Any, folder: Path, suite: Suite | None = None, chunk: int = 64, backend: type[Answerer] = Answerer
+) -> list[SampleResult]:
     suite = suite or grid_suite()
     tokenizer = byte_tokenizer()
     reader = HaystackReader(load_haystack(suite.haystack), lambda text: encode_plain(tokenizer, text))
     builder = PromptBuilder(tokenizer, reader, suite.wording, suite.seed, suite)
     store = SampleStore(folder, {"model": "known"}, {})
     samples = resolve_samples(suite, 128, 320)
-    evaluate_samples(Answerer(model, tokenizer, chunk_tokens=chunk), builder, suite, samples, store)
+    evaluate_samples(backend(model, tokenizer, chunk_tokens=chunk), builder, suite, samples, store)
     return load_samples(folder)
 
 
@@ -263,14 +271,80 @@ def test_the_heatmap_shows_the_hole_in_its_cell_and_nowhere_else(tmp_path: Path)
     assert drawn.png != heatmap([blind], original_length=128, target_length=320).png
 
 
-def test_out_of_memory_marks_cells_as_missing_and_goes_on(tmp_path: Path) -> None:
+def test_out_of_memory_marks_the_cell_as_missing_and_goes_on(tmp_path: Path) -> None:
     samples = evaluate(KnownAnswers(lambda position: True, max_tokens=250), tmp_path)
     expected = {(length, depth): None if length == 320 else 1.0 for length in LENGTHS for depth in DEPTHS}
     assert accuracy(samples) == expected
-    assert {sample.status for sample in samples if sample.length_tokens == 320} == {"out_of_memory"}
+    # One sample a row was tried; the other of its cell needs as much.
+    statuses = {(s.depth, s.index): s.status for s in samples if s.length_tokens == 320}
+    assert statuses == {(depth, i): ("out_of_memory", "skipped")[i] for depth in DEPTHS for i in (0, 1)}
+    assert {s.reason for s in samples if s.length_tokens == 320} == {
+        "out of memory",
+        "not tried: this depth ran out of memory at 320 tokens",
+    }
+    assert {s.reason for s in samples if s.length_tokens < 320} == {""}
     assert set(by_length(samples)) == {120, 200}
     arm = Arm("base", "small", False, samples, {})
-    assert cell_counts(arm)[320, 0.5].text() == "2 missing"
+    assert "out of memory" in cell_counts(arm)[320, 0.5].text()
+
+
+def test_longer_cells_of_a_row_that_ran_out_of_memory_are_skipped_and_other_rows_go_on(tmp_path: Path) -> None:
+    class SmallAtTheStart(Answerer):
+        """Refuses prompts of 200 tokens and more whose needle stands early."""
+
+        tried: ClassVar[list[int]] = []
+
+        def answer_together(self, prompts: list[list[int]], max_new_tokens: int, **options: Any) -> list[Answer]:
+            text = self.tokenizer.decode(prompts[0])
+            if len(prompts[0]) >= 200 and text.find(" the pass key is") < 40:
+                self.tried.append(len(prompts[0]))
+                raise torch.OutOfMemoryError("tried to allocate too much")
+            return super().answer_together(prompts, max_new_tokens, **options)
+
+    samples = evaluate(KnownAnswers(lambda position: True), tmp_path, backend=SmallAtTheStart, chunk=64)
+    assert SmallAtTheStart.tried == [200]
+    row = {(s.length_tokens, s.index): (s.status, s.reason) for s in samples if s.depth == 0.0}
+    skipped = "skipped", "not tried: this depth ran out of memory at 200 tokens"
+    assert row == {
+        (120, 0): ("ok", ""),
+        (120, 1): ("ok", ""),
+        (200, 0): ("out_of_memory", "out of memory"),
+        (200, 1): skipped,
+        (320, 0): skipped,
+        (320, 1): skipped,
+    }
+    assert {s.status for s in samples if s.depth > 0} == {"ok"}
+
+
+def test_a_refusal_by_the_allocator_of_the_cpu_is_out_of_memory_and_a_bug_is_not(tmp_path: Path) -> None:
+    class Huge(Answerer):
+        def answer_together(self, prompts: list[list[int]], max_new_tokens: int, **options: Any) -> list[Answer]:
+            if len(prompts[0]) == 320:
+                torch.empty(1 << 50)
+            return super().answer_together(prompts, max_new_tokens, **options)
+
+    class Broken(Answerer):
+        def answer_together(self, prompts: list[list[int]], max_new_tokens: int, **options: Any) -> list[Answer]:
+            raise RuntimeError("shapes cannot be multiplied")
+
+    samples = evaluate(KnownAnswers(lambda position: True), tmp_path / "huge", backend=Huge)
+    assert {s.status for s in samples if s.length_tokens == 320} == {"out_of_memory", "skipped"}
+    assert {s.status for s in samples if s.length_tokens < 320} == {"ok"}
+    with pytest.raises(RuntimeError, match="multiplied"):
+        evaluate(KnownAnswers(lambda position: True), tmp_path / "broken", backend=Broken)
+
+
+def test_what_a_backend_refuses_is_missing_with_its_words_and_the_rest_goes_on(tmp_path: Path) -> None:
+    class Refusing(Answerer):
+        def answer_together(self, prompts: list[list[int]], max_new_tokens: int, **options: Any) -> list[Answer]:
+            if len(prompts[0]) == 200:
+                raise NoAnswerError("the context is full", status="rejected")
+            return super().answer_together(prompts, max_new_tokens, **options)
+
+    samples = evaluate(KnownAnswers(lambda position: True), tmp_path, backend=Refusing, chunk=512)
+    missing = {(s.status, s.reason) for s in samples if s.length_tokens == 200}
+    assert missing == {("rejected", "the context is full")}
+    assert {s.status for s in samples if s.length_tokens != 200} == {"ok"}
 
 
 def test_missing_samples_are_tried_again_and_finished_ones_are_not(tmp_path: Path) -> None:

@@ -11,13 +11,15 @@ import torch
 from support import byte_tokenizer, tiny_model
 
 from ctxext.data.boundaries import encode_plain
+from ctxext.errors import UsageError
 from ctxext.evaluation import answerer as answering
-from ctxext.evaluation.answerer import BATCH_TOKENS, PREFILL_CHUNK, Answer, Answerer
+from ctxext.evaluation.answerer import BATCH_TOKENS, PREFILL_CHUNK, Answer, Answerer, parse_batch_size
 from ctxext.evaluation.engine import evaluate_samples
 from ctxext.evaluation.haystack import HaystackReader, load_haystack
 from ctxext.evaluation.prompt import PromptBuilder
 from ctxext.evaluation.store import SampleResult, SampleStore, load_samples
 from ctxext.evaluation.suite import Suite, load_suite, resolve_samples
+from ctxext.model.cache import RewindableCache
 from ctxext.model.load import load_config, load_model, load_tokenizer, resolve_source
 
 
@@ -117,13 +119,66 @@ def test_stored_results_do_not_depend_on_the_batches(tmp_path: Path, monkeypatch
         assert first.loss_blocks == pytest.approx(second.loss_blocks, abs=1e-4)
 
 
-def test_a_batch_that_does_not_fit_is_answered_one_by_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("most", "expected"), [(3, [6, 3, 3]), (1, [6, 3, 1, 1, 1, 3, 1, 1, 1])])
+def test_a_batch_that_does_not_fit_is_answered_in_parts(tmp_path: Path, most: int, expected: list[int]) -> None:
     suite = suite_of(100)
     whole, _ = evaluate(tmp_path / "whole", suite)
-    split, sizes = evaluate(tmp_path / "split", suite, most=1)
-    assert sizes == [6] + [1] * 6
+    split, sizes = evaluate(tmp_path / "split", suite, most=most)
+    assert sizes == expected
     assert without_time(split) == without_time(whole)
     assert {result.status for result in split} == {"ok"}
+
+
+def test_batches_get_smaller_once_one_did_not_fit(tmp_path: Path) -> None:
+    class SmallModel(torch.nn.Module):
+        """Runs at most two rows."""
+
+        def __init__(self, model: Any) -> None:
+            super().__init__()
+            self.inner = model
+
+        def __getattr__(self, name: str) -> Any:
+            return super().__getattr__(name) if name == "inner" else getattr(self.inner, name)
+
+        def get_decoder(self) -> Any:
+            def run(input_ids: torch.Tensor, **options: Any) -> Any:
+                sizes.append(len(input_ids))
+                if len(input_ids) > 2:
+                    raise torch.OutOfMemoryError("tried to allocate too much")
+                return self.inner.get_decoder()(input_ids, **options)
+
+            return run
+
+    sizes: list[int] = []
+    suite, tokenizer = suite_of(100, 200, samples=4), byte_tokenizer()
+    samples = sorted(resolve_samples(suite, 128, 512), key=lambda sample: sample.cell.length_tokens)
+    answerer = Answerer(SmallModel(tiny_model(initializer_range=0.2)), tokenizer)
+    evaluate_samples(answerer, builder_of(tokenizer, suite), suite, samples, SampleStore(tmp_path, {}, {}))
+    assert [size for size in sizes if size > 2] == [12, 6, 3]
+    assert {result.status for result in load_samples(tmp_path)} == {"ok"}
+    assert answerer.batch_size(100) == 1
+
+
+@pytest.mark.parametrize("kind", ["llama", "head_dim of its own"])
+def test_the_cache_is_as_large_as_a_batch_is_planned_with(kind: str) -> None:
+    model = tiny_model(**({} if kind == "llama" else {"head_dim": 24, "num_key_value_heads": 2}))
+    cache = RewindableCache(model.config, 50)
+    with torch.no_grad():
+        model(torch.zeros((1, 50), dtype=torch.long), past_key_values=cache)
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert answering.cache_bytes_a_token(model.config, model.dtype) == held / 50
+
+
+@pytest.mark.parametrize("asked", [1, "3", 50])
+def test_an_asked_batch_size_holds_for_all_lengths(tmp_path: Path, asked: int | str) -> None:
+    answerer = Answerer(tiny_model(), byte_tokenizer(), batch_size=asked)
+    assert [answerer.batch_size(length) for length in (32, 1000, 10**6)] == [int(asked)] * 3
+
+
+@pytest.mark.parametrize("asked", [0, -2, "many", "", 2.5, True, None])
+def test_a_batch_size_that_is_none_is_refused(asked: Any) -> None:
+    with pytest.raises(UsageError, match="'auto' or a whole number from 1"):
+        parse_batch_size(asked)
 
 
 def test_an_interrupted_evaluation_keeps_its_batch_and_goes_on_with_the_rest(tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ def test_a_hoped_for_answer_saves_passes_and_changes_no_token(model: Any, wrong_
         hope[wrong_at] = (hope[wrong_at] + 1) % 256
     answerer = Answerer(model, endless_tokenizer(), chunk_tokens=40)
     assert answerer.answer(ids, 8, hoped_for=hope).ids == plain
-    assert answerer.work.num_verified == (6 if wrong_at is None else wrong_at)
+    assert answerer.work.num_verified >= (6 if wrong_at is None else wrong_at)
     together = answerer.answer_together([ids, ids], 8, hoped_for=[hope, plain[:6]])
     assert [answer.ids for answer in together] == [plain, plain]
 
@@ -153,14 +153,14 @@ def test_a_stop_token_inside_a_hoped_for_answer_ends_it() -> None:
         assert answerer.answer(PROMPTS[0], 8, hoped_for=hope).ids == free[: free.index(free[3]) + 1]
 
 
-def test_a_usual_end_of_answers_is_learned() -> None:
+def test_a_usual_end_of_answers_is_learned_along_a_trunk_and_forgotten_behind_it() -> None:
     model = tiny_model(initializer_range=0.2, eos_token_id=None)
     answerer = Answerer(model, endless_tokenizer())
     plain = generated(model, PROMPTS[0], 8)
-    assert answerer.answer(PROMPTS[0], 8, hoped_for=plain[:3]).ids == plain
-    assert answerer.work.num_verified == 3
-    assert answerer.answer(PROMPTS[0], 8, hoped_for=plain[:3]).ids == plain
-    assert answerer.work.num_verified == 3 + 7
+    for round_number in (1, 2):
+        twice = dict(answerer.answer_sharing([PROMPTS[0]] * 2, 8, hoped_for=[plain[:3]] * 2))
+        assert [twice[number].ids for number in (0, 1)] == [plain, plain]
+        assert answerer.work.num_verified == round_number * (3 + 7)
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
@@ -313,7 +313,8 @@ def test_a_trunk_that_does_not_fit_is_finished_one_by_one(tmp_path: Path) -> Non
         part, _ = evaluated(tmp_path / str(most), Small(model, tokenizer, most=most))
         assert same(whole, part)
     cut, _ = evaluated(tmp_path / "cut", Small(model, tokenizer, most=0, longest=350))
-    assert {result.length_tokens: result.status for result in cut.values()} == {300: "ok", 400: "out_of_memory"}
+    statuses = {(result.length_tokens, result.index): result.status for result in cut.values()}
+    assert statuses == {(300, 0): "ok", (300, 1): "ok", (400, 0): "out_of_memory", (400, 1): "skipped"}
 
 
 def test_an_interrupted_trunk_goes_on_where_it_stopped(tmp_path: Path) -> None:
@@ -349,3 +350,22 @@ def test_the_self_check_tells_right_from_wrong_and_from_nothing_to_compare_with(
     assert (check.outcome, check.first_difference, check.passed) == ("different", 2, False)
     assert "NOT" in check.summary()
     assert self_check(answerer, prompt, Answer(answer.ids[:3], answer.losses)).outcome == "different"
+
+
+@pytest.mark.parametrize("haystacks", ["own", "paired", "shared"])
+def test_stored_results_do_not_depend_on_the_order_of_the_cells(tmp_path: Path, haystacks: str) -> None:
+    """Short prompts in batches, long ones along trunks, whatever the order they are asked in."""
+    suite, model = grid(90, 120, 300, haystacks=haystacks), tiny_model(initializer_range=0.2)
+    tokenizer = byte_tokenizer()
+    samples = resolve_samples(suite, 128, 512)
+    orders = [samples, samples[::-1], sorted(samples, key=lambda sample: (sample.cell.depth, sample.index))]
+    found = []
+    for number, order in enumerate(orders):
+        folder = tmp_path / str(number)
+        answerer = Answerer(model, tokenizer, chunk_tokens=128)
+        evaluate_samples(answerer, suite_builder(suite, tokenizer), suite, order, SampleStore(folder, {}, {}))
+        found.append({result.sample_id: replace(result, seconds=0.0) for result in load_samples(folder)})
+    assert [list(results) for results in found[:2]] != [list(found[0])] * 2, "the orders differ"
+    assert same(found[0], found[1])
+    assert same(found[0], found[2])
+    assert len({tuple(result.answer_ids) for result in found[0].values()}) > 8

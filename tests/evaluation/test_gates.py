@@ -132,3 +132,10 @@ def test_the_block_is_strict() -> None:
     for wrong in ({}, {"tail": 2.0}, {"tial": 0.0}, {"effective_length": 0}, {"tail": 0.0, "by": "luck"}):
         with pytest.raises(ValidationError):
             GatesBlock(**wrong)
+
+
+def test_right_answers_without_a_needle_pass_no_gate() -> None:
+    controls = grid(oracle, [4096], task="no_needle")
+    base, extended = arm("base", grid(inside_only)), arm("extended", [*grid(inside_only), *controls])
+    base.samples.extend(grid(blind, [4096], task="no_needle"))
+    assert not outcome([base, extended], better_than="base").met

@@ -74,7 +74,7 @@ def test_manifests_describe_every_named_haystack_and_their_hashes_are_true() -> 
         path.stem: yaml.safe_load(path.read_text())
         for path in (shipped_directory("evals") / "haystacks").glob("*.yaml")
     }
-    assert set(manifests) == {"python-docs", "generated-words", "noise"}
+    assert set(manifests) == {"python-docs", "everyday", "generated-words", "noise"}
     for name, manifest in manifests.items():
         assert {"source", "licence", "documents", "tests", "sha256"} <= set(manifest), name
         if name != "python-docs":  # differs from Python to Python; the manifest names one

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import matplotlib
 import pytest
@@ -11,17 +12,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 
-from ctxext.evaluation.conclusions import Arm, ArmName
-from ctxext.evaluation.heatmap import (
-    COLOR_MAP,
-    CellCount,
-    boundary_slot,
-    cell_counts,
-    draw_boundaries,
-    heatmap,
-    ink_on,
-    length_label,
-)
+from ctxext.evaluation.arms import Arm, ArmName
+from ctxext.evaluation.cells import NOT_ASKED, CellCount, cell_counts, length_label
+from ctxext.evaluation.heatmap import COLOR_MAP, boundary_slot, draw_boundaries, heatmap, ink_on
 from ctxext.evaluation.store import SampleResult
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
@@ -49,10 +42,45 @@ def draw(*arms: Arm) -> tuple[bytes, bytes]:
 def test_cells_count_right_scored_and_missing_samples() -> None:
     samples = [sample(64, 0.5, 0), sample(64, 0.5, 1, score=0.0), sample(64, 0.5, 2, status="out_of_memory")]
     counts = cell_counts(arm([*samples, sample(128, 0.5, 0, status="out_of_memory")]))
-    assert counts == {(64, 0.5): CellCount(1, 2, 1), (128, 0.5): CellCount(0, 0, 1)}
-    assert [counts[64, 0.5].text(), counts[128, 0.5].text()] == ["1/2\n+1 missing", "1 missing"]
+    numbers = {place: (c.num_right, c.num_scored, c.num_missing) for place, c in counts.items()}
+    assert numbers == {(64, 0.5): (1, 2, 1), (128, 0.5): (0, 0, 1)}
+    assert [counts[64, 0.5].text(), counts[128, 0.5].text()] == ["1/2\n+1 missing", "out of memory\n(1)"]
+    assert "1 of 2 right" in counts[64, 0.5].facts()
+    assert "1 missing (out of memory)" in counts[64, 0.5].facts()
+    assert counts[128, 0.5].facts() == "no score: 1 out of memory"
     assert CellCount(3, 4, 0).text() == "3/4"
-    assert CellCount(0, 0, 0).text() == ""
+    assert (NOT_ASKED.text(), NOT_ASKED.facts()) == ("", "not asked")
+
+
+def test_parts_of_an_answer_are_a_mean_and_degenerate_answers_a_mark() -> None:
+    babble = replace(sample(64, 0.5, 0, score=0.0), degenerate="repeating")
+    (cell,) = cell_counts(arm([babble, sample(64, 0.5, 1, score=0.5)])).values()
+    assert cell.text() == "0.25\n†1"
+    assert cell.value == 0.25
+    assert "mean score 0.25" in cell.facts()
+    assert "1 degenerate" in cell.facts()
+    assert "†: answers empty, repeating or endless".encode() in draw(arm([babble]))[1]
+    assert "†".encode() not in draw(arm(GRID))[1]
+
+
+def test_tasks_are_rows_when_asked_for() -> None:
+    arms = [arm([sample(2048, 0.5), replace(sample(2048, 0.5), task="no_needle"), replace(GRID[0], task="vt")])]
+    drawn = heatmap(arms, original_length=2048, target_length=4096, over="task")
+    assert (
+        drawn.svg.index(b"<!-- needle -->") < drawn.svg.index(b"<!-- vt -->") < drawn.svg.index(b"<!-- no_needle -->")
+    )
+
+
+def test_repeated_noise_is_called_saliency() -> None:
+    noise = replace(arm(GRID), run={"identity": {"haystack": "noise"}})
+    assert b"repeated noise: saliency, not retrieval" in draw(noise)[1]
+    assert b"9 samples in one text" in draw(noise)[1]
+    mixed = {
+        "identity": {"haystack": "python-docs", "tasks": {"needle": {"task": "needle"}, "n": {"haystack": "noise"}}}
+    }
+    some = replace(arm([*GRID, replace(GRID[0], task="n")]), run=mixed)
+    assert b"saliency, not retrieval in 1 of 2 tasks" in draw(some)[1]
+    assert b"saliency" not in draw(arm(GRID))[1]
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,11 @@ from typing import Any
 import evaluate
 import pytest
 
-from ctxext.evaluation.scoring import METRICS
-from ctxext.files import shipped_directory
+from ctxext.evaluation.effective_length import RULER_TASKS
+from ctxext.evaluation.ruler_file import ruler_metric
+from ctxext.evaluation.scoring import BESIDE, METRICS
+from ctxext.evaluation.tasks.registry import TASKS
+from ctxext.files import read_json, shipped_directory
 
 FOLDER = shipped_directory("evals") / "metrics"
 ANSWERS = [" 1234567.", "12345678", "it is 1234567, I think", "", "7654321 and 1234567", "AMBER-anchor or 7654321"]
@@ -36,6 +39,22 @@ def test_metric_loads_by_path_and_agrees_with_the_evaluator(load: Callable[[str]
     result = metric.compute(predictions=answers, references=["1234567"] * 4)
     assert result["accuracy"] == 0.5
     assert result["wilson_95"] == pytest.approx([0.150, 0.850], abs=1e-3)
+
+
+def test_every_metric_that_results_name_loads_by_path(load: Callable[[str], Any]) -> None:
+    used = {name for deciding in BESIDE for name in (deciding, *BESIDE[deciding])}
+    used |= {ruler_metric(task) for task in RULER_TASKS} | {kind.usual_metric for kind in TASKS.values()}
+    tables = [read_json(path) for path in FOLDER.parent.glob("baselines/*/*/results.json")]
+    assert len(tables) >= 18
+    for table in tables:
+        for config in table["configs"].values():
+            for entry in config["metric_list"]:
+                name, _, version = entry["metric"].rpartition("/")
+                assert str(METRICS[name].version) == version
+                used.add(name)
+    assert len(used) == 6
+    for name in used:
+        assert load(name).compute is not None
 
 
 @pytest.mark.parametrize("name", sorted(set(METRICS) - {"number_match"}))

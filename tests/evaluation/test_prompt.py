@@ -132,9 +132,9 @@ def test_generated_haystacks_never_repeat_a_sentence() -> None:
 def test_python_documentation_is_never_trained_on() -> None:
     import pydoc_data.topics
 
-    from ctxext.data.sources import _stdlib_files
+    from ctxext.data.readers.builtin import stdlib_files
 
-    files = _stdlib_files()
+    files = stdlib_files()
     assert len(files) > 400
     assert not [path for path in files if "pydoc_data" in path.parts]
     haystack = load_haystack("python-docs")

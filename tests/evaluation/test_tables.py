@@ -86,3 +86,17 @@ def test_the_csv_has_one_line_a_cell_and_arm() -> None:
     assert (middle["num_right"], middle["num_samples"], middle["score"]) == ("0", "5", "0.0")
     assert (middle["recorded"], rows[-1]["recorded"]) == ("false", "true")
     assert float(rows[-1]["low"]) == pytest.approx(wilson(5, 5).low, abs=1e-6)
+
+
+def test_every_task_has_its_own_answer_budget() -> None:
+    tasks = {"needle": {"max_new_tokens": 24, "metric": ["a/1"]}, "qa": {"max_new_tokens": 128}}
+    run = {"identity": {"weights": {}, "tasks": tasks}}
+    table = results_table([*grid(oracle), *grid(oracle, task="qa")], run=run, suite={"max_new_tokens": 16})
+    budgets = {task: table["configs"][task]["generation_kwargs"]["max_gen_toks"] for task in ("needle", "qa")}
+    assert budgets == {"needle": 24, "qa": 128}
+    assert table["config"]["gen_kwargs"]["max_gen_toks"] == 128
+    assert table["configs"]["qa"]["metadata"] == {"max_new_tokens": 128}
+    assert table["suite"] == {"max_new_tokens": 16}
+    single = results_table(grid(oracle), run=RUN)
+    assert single["configs"]["needle"]["generation_kwargs"]["max_gen_toks"] == 8
+    assert single["config"]["gen_kwargs"]["max_gen_toks"] == 8

@@ -27,6 +27,7 @@ MORE = [
     {"task": "no_needle"},
     {"task": "key_value"},
     {"task": "no_overlap"},
+    {"task": "needle_sweep", "needles": [0.0, 0.2, 0.37, 0.5, 0.8, 1.0]},
     {"task": "cloze"},
     {"task": "variable_tracking", "num_chains": 3, "name": "chains"},
 ]

@@ -23,6 +23,7 @@ from support import SilentReporter, make_job, save_tiny_model
 from ctxext.errors import ArtefactError
 from ctxext.evaluation.conclusions import draw_conclusions
 from ctxext.evaluation.report import summary
+from ctxext.evaluation.store import by_length, load_samples
 from ctxext.export.card import (
     CARD_NAME,
     describe_base,
@@ -128,8 +129,8 @@ def test_the_front_matter_is_what_the_hub_reads(run: Path) -> None:
     assert (data.license, data.library_name, data.pipeline_tag) == ("apache-2.0", "transformers", "text-generation")
     assert {"long-context", "yarn", "lora"} <= set(data.tags)
     assert data.base_model is None  # not a model of the hub
-    results = json.loads((run / "eval" / "after" / "results.json").read_text())["results"]
-    expected = [(share["accuracy"], f"{share['num_right']} of {share['num_samples']}") for share in results.values()]
+    shares = by_length(load_samples(run / "eval" / "after")).values()
+    expected = [(round(s.value, 6), f"{s.num_successes} of {s.num_trials}") for s in shares]
     assert len(expected) == 2
     assert [(r.metric_value, r.metric_name.split(", ")[-1]) for r in data.eval_results] == expected
 
@@ -141,11 +142,8 @@ def test_the_table_repeats_the_results_of_every_arm(run: Path) -> None:
     folders = ("before", "after", "control")
     assert len(rows) == len(folders)
     for row, folder in zip(rows, folders, strict=True):
-        results = json.loads((run / "eval" / folder / "results.json").read_text())["results"]
-        shown = [
-            f"{r['num_right']} of {r['num_samples']} ({r['wilson_95'][0]:.2f}-{r['wilson_95'][1]:.2f})"
-            for r in results.values()
-        ]
+        shares = by_length(load_samples(run / "eval" / folder)).values()
+        shown = [f"{s.num_successes} of {s.num_trials} ({s.low:.2f}-{s.high:.2f})" for s in shares]
         assert row[1:3] == shown
 
 
@@ -390,7 +388,8 @@ def test_unfit_runs_are_refused(run: Path, tmp_path: Path) -> None:
     heatmap.write_bytes(picture)
     results = run / "eval" / "after" / "results.json"
     counts = json.loads(results.read_text())
-    counts["results"]["240"]["num_samples"] += 1
+    assert counts["cells"][-1]["length_tokens"] == 240
+    counts["cells"][-1]["num_samples"] += 1
     write_json_atomic(results, counts)
     with pytest.raises(ArtefactError, match="older than the samples"):
         write_card(run)

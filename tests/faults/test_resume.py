@@ -147,17 +147,12 @@ def test_an_evaluation_killed_with_kill_9_keeps_every_finished_sample(
     finished = stored.read_bytes()
     finished = finished[: finished.rindex(b"\n") + 1]
     assert 20 <= finished.count(b"\n") < 210
-    from ctxext.pipeline.evaluate import evaluate_model
+    from ctxext.pipeline.evaluate import EvaluationRequest, evaluate_models
 
     monkeypatch.chdir(tmp_path)
-    evaluate_model(
-        "models/tiny",
-        suite=str(job.folder / "suite.yaml"),
-        output="evaluation",
-        beyond_reach=True,
-        revision=None,
-        dtype="auto",
-        reporter=SilentReporter(),
+    suite = str(job.folder / "suite.yaml")
+    evaluate_models(
+        EvaluationRequest("models/tiny", suite=suite, output="evaluation", beyond_reach=True), SilentReporter()
     )
     assert stored.read_bytes().startswith(finished)
     names = [line["sample_id"] for line in json_lines(stored)]

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel, StaticCache
 
 from ctxext.errors import UnsupportedModelError
-from ctxext.evaluation.engine import Answerer
+from ctxext.evaluation.answerer import Answerer
 from ctxext.model.attention import running_kernels
 from ctxext.model.windowed import WINDOWED, attention_for, supports_windowed, windowed_attention
 

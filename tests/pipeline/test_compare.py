@@ -136,3 +136,48 @@ def test_everything_is_written_for_programs(tmp_path: Path) -> None:
     assert len(rows) == 6
     assert (rows[0]["label"], rows[0]["score"], rows[0]["num_samples"]) == ("base", "0.0", "25")
     assert b"yarn" in (tmp_path / "accuracy_by_length.svg").read_bytes()
+
+
+def test_a_suite_that_stops_short_of_the_target_is_flagged_in_every_output(tmp_path: Path) -> None:
+    for target, reached in ((4096, True), (4105, False)):
+        # Beside the longest prompt of 4,096 tokens an answer of 8 fits.
+        entries = [replace(entry(label, grid(oracle)), target_length=target) for label in ("a", "b")]
+        comparison = compare(entries)
+        text = printed(entries)
+        assert ("tested up to 4,096 of 4,105 tokens" in text) is not reached
+        assert ("a: The longest prompt has 4,096 of the 4,105 tokens of the target length" in text) is not reached
+        folder = tmp_path / str(target)
+        write_comparison(folder, comparison)
+        written = json.loads((folder / "comparison.json").read_text())
+        assert [one["target_reached"] for one in written["arms"]] == [reached, reached]
+        assert any("nothing is claimed beyond" in note for note in written["notes"]) is not reached
+        rows = list(csv.DictReader(io.StringIO((folder / "comparison.csv").read_text())))
+        assert {(row["longest_tested"], row["target_length"]) for row in rows} == {("4096", str(target))}
+        for picture in ("heatmaps.svg", "accuracy_by_length.svg"):
+            assert (b"Tested up to 4,096 tokens" in (folder / picture).read_bytes()) is not reached
+
+
+def test_several_arms_are_adjusted_for_each_other() -> None:
+    six = [replace(s, score=float(s.index > 0 or s.depth > 0.25)) for s in grid(oracle)]  # 6 of 75 wrong
+    comparison = compare([entry("first", six), entry("better", grid(oracle)), entry("alike", six)])
+    better, alike = [test for test in comparison.tests if test.place is None]
+    assert better.comparison.p_value == pytest.approx(2 * 0.5**6)
+    assert (better.p_adjusted, better.num_tests) == (pytest.approx(4 * 0.5**6), 2)
+    assert better.verdict.startswith("no difference shown")
+    assert alike.brief == "alike"
+    assert "p adjusted for 2 comparisons" in printed(comparison.entries)
+
+
+def test_the_control_without_a_needle_decides_nothing() -> None:
+    chance = grid(oracle, [4096], task="no_needle")
+    comparison = compare([entry("a", [*grid(blind), *chance]), entry("b", [*grid(blind), *chance])])
+    (whole,) = [test for test in comparison.tests if test.place is None]
+    assert whole.comparison.num_pairs == 75
+    assert ("no_needle", 4096) in comparison.scores
+
+
+def test_repeated_noise_is_pointed_out() -> None:
+    noise = arm("base", grid(oracle))
+    noise = replace(noise, run={"identity": {"haystack": "noise"}})
+    text = printed([Entry("a", noise, 1024, 4096), entry("b", grid(oracle))])
+    assert "those prompts test saliency, not retrieval" in text

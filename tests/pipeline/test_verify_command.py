@@ -17,7 +17,7 @@ from ctxext.errors import CtxextError, UsageError
 from ctxext.export.merge import merge_adapter
 from ctxext.export.patch import patch_checkpoint
 from ctxext.files import write_json_atomic, write_manifest
-from ctxext.pipeline.evaluate import evaluate_model
+from ctxext.pipeline.evaluate import EvaluationRequest, evaluate_models
 from ctxext.pipeline.extend import extend
 from ctxext.pipeline.verify import verify_checkpoint
 
@@ -302,11 +302,11 @@ def test_the_command_ends_with_the_error_and_its_code(
 
 def test_eval_refuses_prompts_that_an_extended_model_does_not_reach(here: Path) -> None:
     write_suite(here / "long.yaml", {"length": 250, "depths": [0.0], "samples": 1})
-    asked: dict[str, Any] = {"suite": "long.yaml", "output": "out", "revision": None, "dtype": "float32"}
+    asked = EvaluationRequest("patched", suite="long.yaml", output="out", dtype="float32")
     with pytest.raises(CtxextError) as caught:
-        evaluate_model("patched", reporter=SilentReporter(), **asked)
+        evaluate_models(asked, SilentReporter())
     assert caught.value.exit_code == 2
     assert "take 257 positions (250 + 7); expected at most 256" in str(caught.value)
     assert not Path("out").exists()
     write_suite(here / "long.yaml", {"length": 249, "depths": [0.0], "samples": 1})
-    assert evaluate_model("patched", reporter=SilentReporter(), **asked).exists()
+    assert evaluate_models(asked, SilentReporter()).exists()

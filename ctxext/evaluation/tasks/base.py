@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, Protocol
 
@@ -123,6 +123,8 @@ class Draft:
         answers: the expected answers; whether all or any count is the metric's business.
         distractors: wrong answers of the same kind that stand in the text (or would in a longer one).
         key: what the question names.
+        questions: every question about the same text, with its answer prefix, where there are several; the text is then
+            made as long as the longest of them allows, and goes on a few tokens further for the others.
         facts: further facts worth recording.
     """
 
@@ -133,6 +135,7 @@ class Draft:
     answers: tuple[str, ...]
     distractors: tuple[str, ...] = ()
     key: str = ""
+    questions: tuple[tuple[str, str], ...] = ()
     facts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -183,6 +186,15 @@ class Task(Block, ABC):
     def spread(self) -> bool:
         """Whether the evidence lies all over the text, so that a grid of depths has no meaning."""
         return False
+
+    @property
+    def one_text(self) -> bool:
+        """Whether the samples of equal length and index are questions about one text, whatever their depth."""
+        return False
+
+    def grid_problem(self, rows: Sequence[GridRow]) -> str | None:
+        """Why the task cannot be asked at these depths; None when it can."""
+        return None
 
     @property
     def own_haystack(self) -> HaystackChoice | None:

@@ -14,15 +14,20 @@ import random
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from ctxext.data.facts import PASSKEY_FACT, PASSKEY_QUESTION
 from ctxext.data.words import WORDS
+from ctxext.errors import UsageError
+from ctxext.evaluation.clusters import NEEDLES_FACT
+from ctxext.evaluation.grid import Depth, GridRow
 from ctxext.evaluation.haystack import HaystackChoice
-from ctxext.evaluation.tasks.base import Draft, Item, Task
+from ctxext.evaluation.tasks.base import Draft, Item, MetricName, Task
 from ctxext.evaluation.tasks.bodies import InList, InText
+from ctxext.files import fingerprint
 
 _ADJECTIVES = """
     amber brisk calm daring eager faint gaudy humble idle jolly keen lively mellow noble odd placid quaint rustic
@@ -257,6 +262,83 @@ class NeedleTask(Task):
 
         lines = tuple(Item(item.text.strip(), item.depth, item.asked) for item in items)
         return InList(lines, another, separator="\n", cut_last=True)
+
+
+def _eleven_depths() -> list[float]:
+    return [i / 10 for i in range(11)]
+
+
+class NeedleSweepTask(Task):
+    """All depths at once: as many needles as depths in one text, each asked in a prompt of its own.
+
+    The prompts of a length differ in nothing but the question, so one prefill serves them all. Much harder than one
+    needle in the text for a small model, and no measure of the same thing: these cells are never those of `needle`.
+
+    Attributes:
+        needles: the depths of the needles; the grid asks for all of them or for some.
+    """
+
+    task: Literal["needle_sweep"]
+    needles: Annotated[list[Depth], Field(min_length=2, max_length=64, default_factory=_eleven_depths)]
+
+    summary: ClassVar[str] = "a needle at every depth of one text, each asked in turn"
+    when: ClassVar[str] = "a whole row of depths for the price of one prompt; harder than one needle, not comparable"
+    source: ClassVar[str] = "ctxext, in the wording of RULER's multi-key needles (arXiv:2404.06654)"
+    budget: ClassVar[int] = 16
+    usual_metric: ClassVar[MetricName] = "number_match"
+
+    @model_validator(mode="after")
+    def _ascending(self) -> NeedleSweepTask:
+        if any(low >= high for low, high in pairwise(self.needles)):
+            raise ValueError("needles must be ascending depths, each once")
+        return self
+
+    @property
+    def one_text(self) -> bool:
+        """All depths of a length and index ask about the same prompt."""
+        return True
+
+    def grid_problem(self, rows: Sequence[GridRow]) -> str | None:
+        """Depths without a needle cannot be asked for."""
+        absent = sorted({depth for row in rows for depth in row.depths} - set(self.needles))
+        if not absent:
+            return None
+        return f"{self.cell_name}: no needle at depth {absent[0]:g}; give `needles` or the task's `grid` other depths"
+
+    def draft(self, rng: random.Random, length_tokens: int, depth: float) -> Draft:
+        """Draw all needles, the same for every depth, and ask for the one at `depth`."""
+        form = ruler_wording("numbers", several=False)
+        keys, values = _Distinct("words", many=False), _Distinct("numbers", many=True)
+        drawn = {place: (keys.draw(rng), values.draw(rng)) for place in self.needles}
+        if depth not in drawn:
+            raise UsageError(
+                "no needle stands at this depth",
+                where=self.cell_name,
+                got=depth,
+                expected="one of " + ", ".join(f"{place:g}" for place in self.needles),
+            )
+        key, value = drawn[depth]
+        questions = {
+            other: (form.question.format(key=other).removesuffix(prefix), prefix)
+            for other, _ in drawn.values()
+            for prefix in [form.answer_prefix.format(key=other)]
+        }
+        return Draft(
+            intro=form.intro,
+            question=questions[key][0],
+            answer_prefix=questions[key][1],
+            body=InText(
+                tuple(
+                    Item(form.needle.format(key=other, value=found), place, asked=place == depth)
+                    for place, (other, found) in drawn.items()
+                )
+            ),
+            answers=(value,),
+            distractors=tuple(found for place, (_, found) in drawn.items() if place != depth),
+            key=key,
+            questions=tuple(questions.values()),
+            facts={NEEDLES_FACT: fingerprint(list(drawn.values()))},
+        )
 
 
 class NoNeedleTask(NeedleTask):

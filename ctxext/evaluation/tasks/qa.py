@@ -138,9 +138,14 @@ class _Names:
         return place
 
 
+def _with_article(noun: str) -> str:
+    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
+
+
 def _person(rng: random.Random, name: str, town: str) -> str:
+    year, trade = rng.randrange(1900, 2000), _with_article(rng.choice(_TRADES))
     return (
-        f"{name} was born in {town} in {rng.randrange(1900, 2000)} and trained as a {rng.choice(_TRADES)}. "
+        f"{name} was born in {town} in {year} and trained as {trade}. "
         f"After {rng.randrange(3, 30)} years in the trade, {name} joined the town council and later wrote a short "
         f"memoir about {rng.choice(_WARES)}."
     )

@@ -10,12 +10,13 @@ from ctxext.evaluation.tasks.aggregate import CommonWordsTask, FrequentWordsTask
 from ctxext.evaluation.tasks.base import Task
 from ctxext.evaluation.tasks.cloze import ClozeTask
 from ctxext.evaluation.tasks.key_value import KeyValueTask
-from ctxext.evaluation.tasks.needle import NeedleTask, NoNeedleTask
+from ctxext.evaluation.tasks.needle import NeedleSweepTask, NeedleTask, NoNeedleTask
 from ctxext.evaluation.tasks.no_overlap import NoOverlapTask
 from ctxext.evaluation.tasks.qa import QaTask
 
 AnyTask = Annotated[
     NeedleTask
+    | NeedleSweepTask
     | NoNeedleTask
     | VariableTrackingTask
     | CommonWordsTask

@@ -23,7 +23,7 @@ def cache_gib(model_path: str, num_tokens: int) -> int:
 def log_probs(model_path: str, ids: list[int], num_scored: int) -> list[float]:
     """Natural logarithms of what the model gives the last `num_scored` ids, each after all ids before it."""
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(cache_gib(model_path, len(ids) + 1))
-    from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
+    from vllm import LLM, SamplingParams
 
     model = LLM(
         model=model_path,

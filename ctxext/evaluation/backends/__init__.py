@@ -1,0 +1,1 @@
+"""Backends other than a model in this process: OpenAI-compatible servers, and vLLM as a library."""
