@@ -32,10 +32,12 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The recorded arms in evals/baselines/quickstart; about an hour and a quarter of two idle CPU cores, resumable.
+# The recorded arms in evals/baselines/quickstart; about two hours of two idle CPU cores, resumable.
 record-quickstart: $(STAMP)
 	$(BIN)/ctxext extend quickstart evaluation.suite=quickstart-recorded evaluation.control=true \
-	  evaluation.recorded=null output_dir=runs/quickstart-recorded $(ARGS)
+	  evaluation.untrained=true evaluation.recorded=null output_dir=runs/quickstart-recorded $(ARGS)
+	$(BIN)/ctxext extend quickstart evaluation.suite=quickstart-recorded data.facts=null evaluation.before=false \
+	  evaluation.recorded=null output_dir=runs/quickstart-text-alone $(ARGS)
 
 # What a patch alone does to Gemma 3 270M, three arms on the same prompts: evals/baselines/gemma-patch. Some three hours of
 # one CPU core, resumable. The weights are under Gemma's Terms of Use (in the package as GEMMA_TERMS.html).
@@ -54,9 +56,15 @@ record-gemma: $(STAMP)
 # below CTXEXT_READERS_DIR or the user's cache folder; then about 5 minutes.
 test-readers: $(STAMP)
 	OMP_NUM_THREADS=1 TORCH_INDEX=$(TORCH_INDEX) $(BIN)/python tests/readers/run_all.py --create $(ARGS)
+	CTXEXT_TEST_READERS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/readers/test_servers.py
 
-# Ratios within one run: memory of patching and merging multi-GB checkpoints, windowed attention.
+# Ratios within one run: memory of patching and merging multi-GB checkpoints, windowed attention, the evaluation engine
+# against plain generate (about 20 minutes of one core), the data side (about a minute; without --large 0 half an hour).
+# tests/benchmarks/bench_harness.py needs the extra `harness`.
 bench: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/bench_engine.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/bench_engine.py --fast --samples 1
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/bench_data.py --large 0
 	$(BIN)/python tests/benchmarks/bench_patch.py
 	$(BIN)/python tests/benchmarks/bench_windowed.py
 

@@ -26,6 +26,8 @@ app = typer.Typer(
 )
 list_app = typer.Typer(help="Show what is available.", no_args_is_help=True)
 app.add_typer(list_app, name="list")
+data_app = typer.Typer(help="The training text of a recipe, alone.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
 
 What = Annotated[
     str, typer.Argument(metavar="RECIPE|MODEL", help="Shipped recipe, .yaml file, hub id, model folder or .gguf file.")
@@ -45,6 +47,27 @@ Method = Annotated[
     typer.Option("--method", "-m", help="RoPE method, see `ctxext list methods`.", show_default=False),
 ]
 
+BackendOption = Annotated[
+    str,
+    typer.Option(
+        "--backend",
+        help="transformers (this process), vllm (this process, when installed) or openai (any server with that API).",
+    ),
+]
+BaseUrl = Annotated[
+    str | None,
+    typer.Option(help="With --backend openai: http://HOST:PORT/v1; key in OPENAI_API_KEY.", show_default=False),
+]
+ModelName = Annotated[
+    str | None, typer.Option(help="As the server names it; the only one served by default.", show_default=False)
+]
+Endpoint = Annotated[str, typer.Option(help="Of the server: auto, completions or chat.")]
+Timeout = Annotated[float | None, typer.Option(help="Seconds to wait for one answer.", show_default=False)]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(help="Spread a model over devices: auto, balanced, balanced_low_0, sequential.", show_default=False),
+]
+
 
 @app.command()
 def extend(what: What, overrides: Overrides = None, target_length: TargetLength = None, method: Method = None) -> None:
@@ -52,11 +75,11 @@ def extend(what: What, overrides: Overrides = None, target_length: TargetLength 
 
     Run the same command again to go on after an interruption.
     """
-    from ctxext.pipeline.extend import extend as run_extend
+    from ctxext.pipeline.stages import run_recipe
     from ctxext.pipeline.summary import print_summary
 
     recipe, reporter = _recipe(what, overrides, target_length, method), _reporter()
-    print_summary(reporter.console, run_extend(recipe, reporter))
+    print_summary(reporter.console, run_recipe(recipe, reporter))
 
 
 @app.command()
@@ -70,10 +93,10 @@ def plan(what: What, overrides: Overrides = None, target_length: TargetLength = 
 @app.command()
 def train(what: What, overrides: Overrides = None, target_length: TargetLength = None, method: Method = None) -> None:
     """Train the adapter only; `ctxext extend` goes on from there."""
-    from ctxext.pipeline.extend import extend as run_extend
+    from ctxext.pipeline.stages import run_recipe
 
     recipe, reporter = _recipe(what, overrides, target_length, method), _reporter()
-    run = run_extend(recipe, reporter, last_stage="train")
+    run = run_recipe(recipe, reporter, last_stage="train")
     reporter.info(f"adapter with its extended config: {run / 'adapter'}")
 
 
@@ -139,9 +162,7 @@ def patch(
 
     from ctxext.pipeline.patch import patch_model_folder, settings_elsewhere
 
-    words = rest or []
-    settings = [word for word in words if "=" in word]
-    folders = [word for word in words if "=" not in word]
+    folders, settings = _words(rest)
     if program:
         for line in settings_elsewhere(
             program,
@@ -199,29 +220,286 @@ def export(
 
 @app.command(name="eval")
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, package:NAME/FILE or recipes:NAME.")],
+    rest: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODEL] [KEY=VALUE]...",
+            help="Hub id, folder, .gguf file, package:NAME/FILE or recipes:NAME; and settings that override the suite.",
+            show_default=False,
+        ),
+    ] = None,
+    arm: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--arm",
+            help="An arm on the same prompts: base, untrained (with --target-length), NAME=MODEL, NAME=method:linear. "
+            "Repeat it.",
+            show_default=False,
+        ),
+    ] = None,
     suite: Annotated[str, typer.Option(help="Shipped suite or .yaml file.")] = "quick",
-    output: Annotated[str | None, typer.Option("--output", "-o", help="Folder for samples and heatmap.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Hub revision.")] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Folder for samples and heatmaps.")] = None,
+    lengths: Annotated[
+        str | None, typer.Option(help="Prompt lengths: 4096,16K or 25%,100% of the target.", show_default=False)
+    ] = None,
+    depths: Annotated[
+        str | None, typer.Option(help="Depths: 0,0.5,1, or how many, e.g. 11.", show_default=False)
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Samples a cell.", show_default=False)] = None,
+    limit: Annotated[int | None, typer.Option(help="Samples a task at most.", show_default=False)] = None,
+    max_minutes: Annotated[
+        float | None,
+        typer.Option(help="Drop samples, never the longest length, until the estimate fits.", show_default=False),
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--apply-chat-template", help="Ask in the tokenizer's chat template, thinking off.")
+    ] = False,
+    thinking: Annotated[
+        bool, typer.Option("--thinking", help="With the template: let the model think; its thoughts are not scored.")
+    ] = False,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Answer tokens, thoughts included.", show_default=False)
+    ] = None,
+    question_first: Annotated[
+        bool, typer.Option("--question-first", help="The question before the text instead of behind it.")
+    ] = False,
+    target_length: TargetLength = None,
+    method: Annotated[str, typer.Option("--method", "-m", help="RoPE method of the arm `untrained`.")] = "yarn",
+    on_existing: Annotated[
+        str, typer.Option(help="For arms extended on loading: refuse, replace or compose an existing scaling.")
+    ] = "refuse",
+    gate: Annotated[
+        list[str] | None,
+        typer.Option("--gate", help="KEY=VALUE as in evaluation.gates; exit code 6 when not met.", show_default=False),
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Hub revision.", show_default=False)] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     beyond_reach: Annotated[
         bool, typer.Option("--beyond-reach", help="Also ask prompts longer than the model reaches.")
     ] = False,
+    batch_size: Annotated[str, typer.Option(help="Prompts answered together: auto, or how many.")] = "auto",
+    backend: BackendOption = "transformers",
+    base_url: BaseUrl = None,
+    model_name: ModelName = None,
+    endpoint: Endpoint = "auto",
+    timeout: Timeout = None,
+    concurrency: Annotated[
+        int | None, typer.Option(help="Requests to a server at a time; 4 by default.", show_default=False)
+    ] = None,
+    device_map: DeviceMap = None,
+    harness: Annotated[
+        str | None,
+        typer.Option(
+            "--harness",
+            metavar="TASK[,TASK...]",
+            help="Run tasks of lm-evaluation-harness instead of a suite (needs the extra `harness`).",
+            show_default=False,
+        ),
+    ] = None,
+    ruler_file: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--ruler-file", help="A file made by RULER's own generators, or a folder. Repeat it.", show_default=False
+        ),
+    ] = None,
+    ruler_task: Annotated[
+        str | None, typer.Option(help="RULER's task, when the path does not say.", show_default=False)
+    ] = None,
+    ruler_length: Annotated[
+        int | None, typer.Option(help="RULER's max_seq_length, when the path does not say.", show_default=False)
+    ] = None,
+    rescore: Annotated[
+        str | None,
+        typer.Option("--rescore", metavar="RUN", help="Score stored answers anew, without model.", show_default=False),
+    ] = None,
+    metric: Annotated[
+        str | None, typer.Option("--metric", help="With --rescore: another metric.", show_default=False)
+    ] = None,
+    reconstruct: Annotated[
+        str | None,
+        typer.Option(
+            "--reconstruct",
+            metavar="RUN",
+            help="Show the exact prompt of a stored sample: --reconstruct RUN SAMPLE (an id, a part of one, or worst).",
+            show_default=False,
+        ),
+    ] = None,
+    full: Annotated[bool, typer.Option("--full", help="With --reconstruct: the whole prompt.")] = False,
+    validate: Annotated[
+        str | None,
+        typer.Option(
+            "--validate", metavar="RUN", help="Check a stored run; exit code 3 when it is wrong.", show_default=False
+        ),
+    ] = None,
+    every_prompt: Annotated[
+        bool, typer.Option("--all", help="With --validate: make every prompt again, not some twenty.")
+    ] = False,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="With --reconstruct and --validate: a model to take it from.", show_default=False),
+    ] = None,
 ) -> None:
-    """Measure retrieval by position and loss by position of one model."""
-    from ctxext.pipeline.evaluate import evaluate_model
+    """Measure retrieval by position and loss by position, of one model or of several arms on the same prompts."""
+    from ctxext.pipeline.evaluate import EvaluationRequest, evaluate_models
+    from ctxext.pipeline.stored_runs import stored_command
+
+    models, settings = _words(rest)
+    if stored_command(
+        models,
+        _reporter(),
+        rescore=rescore,
+        reconstruct=reconstruct,
+        validate=validate,
+        metric=metric,
+        tokenizer=tokenizer,
+        full=full,
+        every_prompt=every_prompt,
+    ):
+        return
+    if ruler_file:
+        from ctxext.pipeline.ruler import evaluate_ruler_files
+
+        if len(models) != 1:
+            raise UsageError("--ruler-file needs one model", where="MODEL", got=" ".join(models) or "none")
+        reporter = _reporter()
+        folder = evaluate_ruler_files(
+            models[0],
+            ruler_file,
+            reporter=reporter,
+            task=ruler_task,
+            length_tokens=ruler_length,
+            output=output,
+            revision=revision,
+            dtype=dtype,
+            beyond_reach=beyond_reach,
+        )
+        reporter.info(f"samples and ruler.json: {folder}")
+        return
+    if harness:
+        from ctxext.pipeline.harness import evaluate_with_harness
+
+        if len(models) != 1:
+            raise UsageError("--harness needs one model", where="MODEL", got=" ".join(models) or "none")
+        reporter = _reporter()
+        folder = evaluate_with_harness(
+            models[0],
+            tasks=harness,
+            output=output,
+            revision=revision,
+            dtype=dtype,
+            lengths=lengths,
+            limit=limit,
+            batch_size=batch_size,
+            apply_chat_template=chat,
+            reporter=reporter,
+        )
+        reporter.info(f"results: {folder / 'harness-results.json'}, picture: {folder / 'harness.png'}")
+        return
+    if len(models) > 1:
+        raise UsageError("eval takes one model; others are arms", where="MODEL", got=" ".join(models), hint="--arm")
+    from ctxext.evaluation.backends.choice import backend_choice
+    from ctxext.pipeline.summary import print_evaluation
 
     reporter = _reporter()
-    page = evaluate_model(
-        model,
-        suite=suite,
-        output=output,
-        revision=revision,
-        dtype=dtype,
-        reporter=reporter,
-        beyond_reach=beyond_reach,
+    folder = evaluate_models(
+        EvaluationRequest(
+            model=models[0] if models else None,
+            arms=arm or (),
+            suite=suite,
+            suite_settings=settings,
+            output=output,
+            revision=revision,
+            dtype=dtype,
+            lengths=lengths,
+            depths=depths,
+            num_samples=samples,
+            limit=limit,
+            max_minutes=max_minutes,
+            apply_chat_template=chat,
+            thinking=thinking,
+            max_new_tokens=max_new_tokens,
+            question_first=question_first,
+            target_length=target_length,
+            method=method,
+            on_existing=on_existing,
+            beyond_reach=beyond_reach,
+            gates=gate or (),
+            backend=backend_choice(
+                backend,
+                base_url=base_url,
+                model_name=model_name,
+                endpoint=endpoint,
+                concurrency=concurrency,
+                timeout_seconds=timeout,
+                device_map=device_map,
+            ),
+            batch_size=batch_size,
+        ),
+        reporter,
     )
-    reporter.info(f"report: {page}")
+    print_evaluation(reporter.console, folder)
+
+
+@app.command()
+def ask(
+    model: Annotated[str, typer.Argument(help="Hub id, folder, run, .gguf file, package:NAME/FILE or recipes:NAME.")],
+    question: Annotated[str, typer.Argument(help="The question, in quotes.")],
+    file: Annotated[list[str], typer.Option("--file", "-f", help="Text file, or - for standard input. Repeat it.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Answer tokens, thoughts included.")] = 256,
+    thinking: Annotated[bool, typer.Option("--thinking", help="Let a model that can think aloud do so.")] = False,
+    plain: Annotated[bool, typer.Option("--plain", help="No chat template, although there is one.")] = False,
+    beyond_reach: Annotated[
+        bool, typer.Option("--beyond-reach", help="Ask although it takes more positions than the model reaches.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Answer and figures as JSON.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Hub revision.", show_default=False)] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    backend: BackendOption = "transformers",
+    base_url: BaseUrl = None,
+    model_name: ModelName = None,
+    endpoint: Endpoint = "auto",
+    timeout: Timeout = None,
+    device_map: DeviceMap = None,
+) -> None:
+    """One question about long documents: the answer on standard output, tokens and time beside it."""
+    import json
+
+    from rich.console import Console
+
+    from ctxext.evaluation.backends.choice import backend_choice
+    from ctxext.pipeline.ask import AskRequest
+    from ctxext.pipeline.ask import ask as run_ask
+    from ctxext.pipeline.console import ConsoleReporter
+
+    reporter = ConsoleReporter(Console(stderr=True, highlight=False))
+    answer = run_ask(
+        AskRequest(
+            model=model,
+            files=file,
+            question=question,
+            max_new_tokens=max_new_tokens,
+            thinking=thinking,
+            plain=plain,
+            beyond_reach=beyond_reach,
+            dtype=dtype,
+            revision=revision,
+            backend=backend_choice(
+                backend,
+                base_url=base_url,
+                model_name=model_name,
+                endpoint=endpoint,
+                timeout_seconds=timeout,
+                device_map=device_map,
+            ),
+        ),
+        reporter,
+    )
+    if as_json:
+        typer.echo(json.dumps(answer.as_dict(), indent=2, ensure_ascii=False))
+        return
+    typer.echo(answer.answer)
+    for line in answer.summary():
+        reporter.info(line)
 
 
 @app.command()
@@ -233,6 +511,7 @@ def report(
     ] = None,
     command: Annotated[str, typer.Option(help="With --record: the command that repeats the run.")] = "",
     hardware: Annotated[str, typer.Option(help="With --record: the machine, in words.")] = "",
+    over: Annotated[str, typer.Option(help="Rows of the heatmaps: depth, or position in tokens.")] = "depth",
 ) -> None:
     """Draw heatmaps, curves and page again from the stored samples."""
     from pathlib import Path
@@ -243,7 +522,9 @@ def report(
         raise UsageError(
             "--record needs --command and --hardware, so that readers know what they see", where="command line"
         )
-    print_report(_reporter(), Path(run), Path(record) if record else None, command=command, hardware=hardware)
+    print_report(
+        _reporter(), Path(run), Path(record) if record else None, command=command, hardware=hardware, over=over
+    )
 
 
 @app.command()
@@ -342,6 +623,72 @@ def push(
         reporter.info(line)
 
 
+Everything = Annotated[
+    bool, typer.Option("--all", help="The sources to their ends, not only what the recipe's training reads.")
+]
+NumProcesses = Annotated[
+    int | None, typer.Option("--processes", help="Processes that tokenise; by default all cores.", show_default=False)
+]
+AsJson = Annotated[bool, typer.Option("--json", help="For programs, on standard output.")]
+
+
+@data_app.command("build")
+def data_build(
+    recipe: What, overrides: Overrides = None, everything: Everything = False, processes: NumProcesses = None
+) -> None:
+    """Tokenise the sources into the cache that training reads; go on where an earlier build stopped."""
+    from ctxext.pipeline.data_commands import data_build as build
+
+    checked, reporter = _recipe(recipe, overrides, None, None), _reporter()
+    for line in build(checked, reporter, everything=everything, num_processes=processes):
+        reporter.info(line)
+
+
+@data_app.command("stats")
+def data_stats(
+    recipe: What,
+    overrides: Overrides = None,
+    everything: Everything = False,
+    out: Annotated[str | None, typer.Option("--out", "-o", help="Folder for pictures.", show_default=False)] = None,
+    processes: NumProcesses = None,
+    as_json: AsJson = False,
+) -> None:
+    """Lengths, fertility, duplicates, contamination, and the mixture before and after sampling."""
+    from pathlib import Path
+
+    from ctxext.pipeline.data_commands import data_stats as measure
+    from ctxext.pipeline.data_commands import print_json, print_statistics
+
+    checked, reporter = _recipe(recipe, overrides, None, None), _reporter(stderr=as_json)
+    statistics, folder = measure(
+        checked, reporter, folder=Path(out) if out else None, everything=everything, num_processes=processes
+    )
+    if as_json:
+        typer.echo(print_json(statistics.to_json()))
+        return
+    print_statistics(reporter.console, checked, statistics, folder)
+
+
+@data_app.command("sample")
+def data_sample(
+    recipe: What,
+    overrides: Overrides = None,
+    windows: Annotated[int, typer.Option(help="How many, from the first.")] = 2,
+    full: Annotated[bool, typer.Option("--full", help="Whole windows.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """The first windows decoded, with document borders and positions visible."""
+    from ctxext.pipeline.data_commands import data_sample as draw
+    from ctxext.pipeline.data_commands import print_json, print_samples
+
+    checked, reporter = _recipe(recipe, overrides, None, None), _reporter(stderr=as_json)
+    views = draw(checked, reporter, num_windows=windows)
+    if as_json:
+        typer.echo(print_json([view.to_json() for view in views]))
+        return
+    print_samples(reporter.console, views, full=full)
+
+
 @list_app.command()
 def methods() -> None:
     """RoPE methods: what each does to the frequencies, when to use it, and who reads it."""
@@ -351,6 +698,16 @@ def methods() -> None:
 
     console = Console(highlight=False)
     console.print(methods_view(blocks=can_show_blocks(console)))
+
+
+@list_app.command("data-presets")
+def data_presets() -> None:
+    """Data mixtures of the literature: sources, shares, and what differs from the papers."""
+    from rich.console import Console
+
+    from ctxext.data.presets import presets_view
+
+    Console(highlight=False).print(presets_view())
 
 
 @list_app.command()
@@ -382,6 +739,11 @@ def families(
     Console(highlight=False).print(families_table(match))
 
 
+def _words(words: list[str] | None) -> tuple[list[str], list[str]]:
+    """Names, and settings of the form KEY=VALUE."""
+    return [w for w in words or [] if "=" not in w], [w for w in words or [] if "=" in w]
+
+
 def _recipe(what: str, overrides: list[str] | None, target_length: int | None, method: str | None) -> Recipe:
     from ctxext.pipeline.recipes import is_recipe, recipe_of
 
@@ -391,10 +753,13 @@ def _recipe(what: str, overrides: list[str] | None, target_length: int | None, m
     return recipe
 
 
-def _reporter() -> ConsoleReporter:
+def _reporter(*, stderr: bool = False) -> ConsoleReporter:
+    from rich.console import Console
+
     from ctxext.pipeline.console import ConsoleReporter
 
-    return ConsoleReporter()
+    # Of several processes that a launcher started, one tells.
+    return ConsoleReporter(Console(highlight=False, stderr=stderr, quiet=os.environ.get("RANK", "0") != "0"))
 
 
 def main() -> None:

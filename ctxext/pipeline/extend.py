@@ -16,16 +16,21 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ctxext.data.layout import pieces_sha256
 from ctxext.data.packing import WindowBuilder
-from ctxext.data.tokenize import TokenStream, collect_tokens
+from ctxext.data.streaming import StreamedWindows
+from ctxext.data.windows import TrainingWindows
 from ctxext.errors import CtxextError, InterruptedRunError, exit_code_of
+from ctxext.evaluation.answerer import Answerer
 from ctxext.evaluation.gates import check_gates, gate_error
+from ctxext.evaluation.perplexity import load_perplexity, measure_perplexity
 from ctxext.evaluation.run import evaluate_arm, suite_identity
+from ctxext.evaluation.sharding import this_launch
 from ctxext.evaluation.store import load_samples
-from ctxext.evaluation.suite import resolve_samples
+from ctxext.evaluation.suite import resolve_samples, stored_suite
 from ctxext.export.card import is_edited, write_card
 from ctxext.export.merge import read_back, write_merged
-from ctxext.files import read_json, require_free_space, verify_manifest, write_json_atomic
+from ctxext.files import fingerprint, read_json, require_free_space, verify_manifest, write_json_atomic
 from ctxext.model.load import (
     ModelSource,
     choose_device,
@@ -36,11 +41,14 @@ from ctxext.model.load import (
     resolve_source,
     short_name,
 )
+from ctxext.pipeline.excerpts import write_excerpts
 from ctxext.pipeline.report import gather, report_run
 from ctxext.pipeline.reporter import Reporter
 from ctxext.pipeline.run_folder import RunFolder, environment_facts
+from ctxext.pipeline.training_data import TrainingData, prepare_training_data, streamed_json
 from ctxext.planning.cost import estimated_seconds, measured_flops_per_second
-from ctxext.planning.plan import Plan, make_plan, suite_of
+from ctxext.planning.plan import Plan, make_plan
+from ctxext.recipe.data import STREAMED
 from ctxext.recipe.schema import Recipe
 from ctxext.rope.methods import NoRewrite, RopeMethod
 from ctxext.rope.patchers import apply_method
@@ -52,6 +60,20 @@ from ctxext.train.loop import Trainer, make_accelerator
 from ctxext.train.signals import StopRequest
 
 DEFAULT_OUTPUT = "runs"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a curriculum began, for its later stages, whose own base is what the stage before has merged.
+
+    Attributes:
+        stages: method, target length and plan of the stages before.
+    """
+
+    source: ModelSource
+    config: PreTrainedConfig
+    fingerprint: str
+    stages: list[dict[str, Any]]
 
 
 @dataclass
@@ -69,7 +91,8 @@ class _Job:
     device: torch.device
     dtype: torch.dtype
     accelerator: Accelerator
-    stream: TokenStream | None = None
+    training_data: TrainingData | None = None
+    origin: Origin | None = None
 
     @property
     def is_main(self) -> bool:
@@ -91,11 +114,12 @@ def estimated_run_seconds(recipe: Recipe, plan: Plan) -> float:
     return estimated_seconds(plan.evaluation_flops + trainings * plan.train_flops, speed)
 
 
-def extend(recipe: Recipe, reporter: Reporter, *, last_stage: str = "report") -> Path:
-    """Run (or go on with) the whole job and return the run folder.
+def extend(recipe: Recipe, reporter: Reporter, *, last_stage: str = "report", origin: Origin | None = None) -> Path:
+    """Run (or go on with) the whole job and return the run folder; of a recipe with stages, see `pipeline.stages`.
 
     Args:
-        last_stage: `train` stops once the adapter is there; `report` does everything.
+        last_stage: `train` stops once the adapter is there, `merge` once the checkpoint is; `report` does everything.
+        origin: the model that a curriculum began with, which the arm `base` then is.
 
     Raises:
         CtxextError: with the exit code of its kind; `status.json` repeats code and reason.
@@ -126,12 +150,14 @@ def extend(recipe: Recipe, reporter: Reporter, *, last_stage: str = "report") ->
                 accelerator.device,
                 dtype,
                 accelerator,
+                origin=origin,
             )
             _run_stages(job, last_stage)
         except BaseException as error:  # bugs too, or status.json would keep what an earlier try said
             _record_end(run, error)
             raise
-    run.ended(0, "done")
+    if accelerator.is_main_process:
+        run.ended(0, "done")
     return run.path
 
 
@@ -143,13 +169,15 @@ def _record_end(run: RunFolder, error: BaseException) -> None:
 
 
 def _run_stages(job: _Job, last_stage: str) -> None:
-    stages: list[tuple[str, str, Callable[[_Job], None]]] = []
-    if job.recipe.evaluation.before and last_stage != "train":
+    stages: list[tuple[str, str, Callable[[_Job], object]]] = []
+    if job.recipe.evaluation.before and last_stage == "report":
         stages.append(("evaluate-base", "evaluate the base model", _evaluate_base))
-    if job.recipe.evaluation.untrained and last_stage != "train":
+    if job.recipe.evaluation.untrained and last_stage == "report":
         stages.append(("evaluate-untrained", "evaluate the extended model before training", _evaluate_untrained))
     stages.append(("train", "train LoRA at the longer length", _train_extended))
-    if last_stage != "train":
+    if last_stage == "merge":
+        stages.append(("merge", "merge, write and read back the plain checkpoint", _merge))
+    elif last_stage == "report":
         stages.append(("merge", "merge, write and read back the plain checkpoint; evaluate it", _merge_and_evaluate))
         if job.recipe.evaluation.control:
             stages.append(("control", "control arm: the same training without the RoPE rewrite", _control_arm))
@@ -159,7 +187,7 @@ def _run_stages(job: _Job, last_stage: str) -> None:
         with _timed(job, name):
             action(job)
         job.stop.check("everything finished so far is saved")
-    if last_stage != "train":
+    if last_stage == "report":
         _check_gates(job)
 
 
@@ -187,16 +215,17 @@ def _load(job: _Job, config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def _evaluate(job: _Job, model: PreTrainedModel, arm: str, title: str) -> None:
-    if not job.is_main:
-        return
+    """Every process takes its share of the samples."""
     weights: dict[str, Any] = {"source": job.source.name, "fingerprint": job.plan.weights, "arm": arm}
+    if job.origin is not None and arm == "base":
+        weights |= {"source": job.origin.source.name, "fingerprint": job.origin.fingerprint}
     if arm in ("extended", "control"):
         weights["plan_id"] = job.plan.plan_id
+    backend, suite, folder = Answerer(model, job.tokenizer), stored_suite(job.plan.suite), job.run.evaluation(arm)
     evaluate_arm(
-        model,
-        job.tokenizer,
-        suite_of(job.plan),
-        folder=job.run.evaluation(arm),
+        backend,
+        suite,
+        folder=folder,
         title=title,
         original_length=job.plan.original_length,
         target_length=job.plan.target_length,
@@ -209,11 +238,26 @@ def _evaluate(job: _Job, model: PreTrainedModel, arm: str, title: str) -> None:
         reporter=job.reporter,
         check_stop=lambda: job.stop.check("finished samples are saved"),
     )
+    if suite.perplexity and job.is_main:
+        for result in measure_perplexity(
+            backend,
+            suite,
+            folder,
+            original_length=job.plan.original_length,
+            target_length=job.plan.target_length,
+            weights=weights,
+            check_stop=lambda: job.stop.check("finished texts are saved"),
+        ):
+            job.reporter.info(result.sentence())
 
 
 def _evaluation_complete(job: _Job, arm: str) -> bool:
-    """Whether an arm has every sample, so that its model need not be loaded to find out."""
-    folder, suite = job.run.evaluation(arm), suite_of(job.plan)
+    """Whether an arm has every sample, so that its model need not be loaded to find out; all processes agree."""
+    return this_launch().from_main(lambda: _all_samples_stored(job, arm))
+
+
+def _all_samples_stored(job: _Job, arm: str) -> bool:
+    folder, suite = job.run.evaluation(arm), stored_suite(job.plan.suite)
     if not (folder / "run.json").is_file():
         return False
     identity = read_json(folder / "run.json").get("identity", {})
@@ -221,14 +265,20 @@ def _evaluation_complete(job: _Job, arm: str) -> bool:
         return False  # samples of another suite, which opening the store will refuse by name
     stored = {sample.sample_id for sample in load_samples(folder) if sample.status == "ok"}
     wanted = resolve_samples(suite, job.plan.original_length, job.plan.target_length)
-    return all(sample.sample_id in stored for sample in wanted)
+    texts_measured = len(load_perplexity(folder)) >= len(suite.perplexity or [])
+    return texts_measured and all(sample.sample_id in stored for sample in wanted)
 
 
 def _evaluate_base(job: _Job) -> None:
     if _evaluation_complete(job, "base"):
         job.reporter.info("finished earlier")
         return
-    _evaluate(job, _load(job, job.base_config), "base", "base model, as it came")
+    if job.origin is None:
+        _evaluate(job, _load(job, job.base_config), "base", "base model, as it came")
+        return
+    model = load_model(job.origin.source, job.origin.config, dtype=job.dtype, device=job.device)
+    job.reporter.info(verify_positions(model, job.origin.config).summary())
+    _evaluate(job, model, "base", "base model, as it came, before all stages")
 
 
 def _evaluate_untrained(job: _Job) -> None:
@@ -250,19 +300,33 @@ def _provenance(job: _Job, method: RopeMethod) -> dict[str, Any]:
     }
 
 
-def _builder(job: _Job) -> WindowBuilder:
-    data, plan = job.recipe.data, job.plan
-    if job.stream is None:
-        with job.reporter.progress("read and tokenise training text") as progress:
-            job.stream = collect_tokens(job.tokenizer, data.sources, plan.train_tokens, data.seed, progress)
-        job.reporter.info(_stream_summary(job.stream, plan.train_tokens))
-    return WindowBuilder(job.stream, data, job.tokenizer, plan.target_length)
-
-
-def _stream_summary(stream: TokenStream, wanted: int) -> str:
-    text = f"{len(stream.ids):,} tokens of training text in {len(stream.document_starts):,} documents"
-    passes = wanted / len(stream.ids)
-    return f"{text}, read {passes:.1f} times in another order each time" if passes > 1.01 else text
+def _windows(job: _Job) -> tuple[TrainingWindows, str]:
+    """The windows that an arm trains on, from their beginning, and what identifies them."""
+    data, target_length = job.recipe.data, job.plan.target_length
+    if data.cache == STREAMED:
+        streamed = StreamedWindows(data, job.tokenizer, target_length)
+        facts = streamed_json(job.recipe)
+        if job.is_main:
+            write_json_atomic(job.run.path / "data.json", facts)
+        return streamed, streamed.sha256
+    if job.training_data is None:
+        # The main process builds the cache; the others find it finished.
+        with job.accelerator.main_process_first():
+            job.training_data = prepare_training_data(
+                job.recipe, job.tokenizer, job.reporter, original_length=job.plan.original_length
+            )
+        if job.is_main:
+            write_json_atomic(job.run.path / "data.json", job.training_data.to_json())
+            for note in job.training_data.notes:
+                job.reporter.info(note)
+    cache, selection = job.training_data.cache, job.training_data.selection
+    builder = WindowBuilder(cache, data, job.tokenizer, target_length, selection)
+    passes = job.plan.train_tokens / max(builder.layout.ledger.tokens_kept, 1)
+    job.reporter.info(
+        f"training text of {len(cache.lengths):,} documents: {builder.layout.ledger.sentence()}"
+        + (f"; read {passes:.1f} times in another order each time" if passes > 1.01 else "")
+    )
+    return builder, fingerprint([cache.sha256, pieces_sha256(selection)], digits=64)
 
 
 def _train(job: _Job, method: RopeMethod, folder: Path, adapter: Path, title: str) -> None:
@@ -271,12 +335,11 @@ def _train(job: _Job, method: RopeMethod, folder: Path, adapter: Path, title: st
         verify_manifest(adapter)
         job.reporter.info(f"finished earlier: {adapter}")
         return
-    builder = _builder(job)
-    assert job.stream is not None
+    windows, data_sha256 = _windows(job)
     config = _config_for(job, method)
-    state = TrainState(0, job.plan.plan_id, job.stream.sha256, job.accelerator.num_processes)
+    state = TrainState(0, job.plan.plan_id, data_sha256, job.accelerator.num_processes)
     trainer = Trainer(
-        job.accelerator, _load(job, config), config, builder, job.recipe.lora, job.recipe.train, folder, state
+        job.accelerator, _load(job, config), config, windows, job.recipe.lora, job.recipe.train, folder, state
     )
     if job.recipe.train.trackers:
         job.accelerator.init_trackers(method.method, config={"plan_id": job.plan.plan_id})
@@ -294,34 +357,51 @@ def _train_extended(job: _Job) -> None:
     _train(job, job.recipe.rope, job.run.path, job.run.adapter, f"train {job.recipe.rope.method}")
 
 
-def _merge_and_evaluate(job: _Job) -> None:
-    if not job.is_main:
-        return
-    arm = "extended" if job.recipe.rope.method != "none" else "control"
-    config = _config_for(job, job.recipe.rope)
-    if job.run.merged.is_dir():
+def _merge(job: _Job) -> PreTrainedModel | None:
+    """One process merges, and all read what it wrote; None when it was merged earlier."""
+    if this_launch().from_main(job.run.merged.is_dir):
         verify_manifest(job.run.merged)
         job.reporter.info(f"merged earlier: {job.run.merged}")
-        if _evaluation_complete(job, arm):
-            return
-        model = read_back(job.run.merged, job.dtype, job.device)
-        job.reporter.info(verify_positions(model, exported_form(config)[0]).summary())
-    else:
-        wrapped = load_adapter(job.run.adapter, _load(job, config))
-        model, proof = write_merged(job.run.merged, wrapped, job.tokenizer, _provenance(job, job.recipe.rope))
-        job.reporter.info(
-            f"merged checkpoint read back by stock transformers: largest logit difference to base + adapter "
-            f"{proof.largest_logit_difference:.1e}"
-        )
-        job.reporter.info(proof.verification.summary())
-    _evaluate(job, model, arm, f"{job.recipe.rope.method}, trained" if arm == "extended" else "no rewrite, trained")
+        return None
+    if not job.is_main:
+        this_launch().wait()
+        return _read_merged(job)
+    wrapped = load_adapter(job.run.adapter, _load(job, _config_for(job, job.recipe.rope)))
+    provenance = _provenance(job, job.recipe.rope)
+    if job.origin is not None:
+        # Readers of the checkpoint care for the model that it comes from, not for a folder between the stages.
+        origin = {"source": job.origin.source.name, "revision": job.origin.source.revision}
+        provenance |= {"base": {**origin, "fingerprint": job.origin.fingerprint}, "stages": job.origin.stages}
+    model, proof = write_merged(job.run.merged, wrapped, job.tokenizer, provenance)
+    job.reporter.info(
+        f"merged checkpoint read back by stock transformers: largest logit difference to base + adapter "
+        f"{proof.largest_logit_difference:.1e}"
+    )
+    job.reporter.info(proof.verification.summary())
+    this_launch().wait()
+    return model
+
+
+def _read_merged(job: _Job) -> PreTrainedModel:
+    model = read_back(job.run.merged, job.dtype, job.device)
+    job.reporter.info(verify_positions(model, exported_form(_config_for(job, job.recipe.rope))[0]).summary())
+    return model
+
+
+def _merge_and_evaluate(job: _Job) -> None:
+    arm = "extended" if job.recipe.rope.method != "none" else "control"
+    model = _merge(job)
+    if model is None and _evaluation_complete(job, arm):
+        return
+    title = f"{job.recipe.rope.method}, trained" if arm == "extended" else "no rewrite, trained"
+    _evaluate(job, _read_merged(job) if model is None else model, arm, title)
 
 
 def _control_arm(job: _Job) -> None:
     method = NoRewrite(control=True)
     adapter = job.run.control / "adapter"
     _train(job, method, job.run.control, adapter, "train the control arm")
-    if not job.is_main or _evaluation_complete(job, "control"):
+    if _evaluation_complete(job, "control"):
         return
     config = _config_for(job, method)
     merged: Any = load_adapter(adapter, _load(job, config)).merge_and_unload()
@@ -332,6 +412,8 @@ def _control_arm(job: _Job) -> None:
 def _report(job: _Job) -> None:
     if not job.is_main:
         return
+    _, arms = gather(job.run, job.recipe)
+    write_excerpts(job.run.path / "eval", stored_suite(job.plan.suite), job.tokenizer, arms)
     report_run(job.run)
     if is_edited(job.run.merged):
         job.reporter.info("the model card was edited by hand and is kept; `ctxext card RUN --replace` writes it anew")
@@ -345,8 +427,7 @@ def _check_gates(job: _Job) -> None:
     if gates is None or not job.is_main:
         return
     facts, arms = gather(job.run, job.recipe)
-    answer_tokens = facts.suite.get("max_new_tokens") or 0
-    outcomes = check_gates(gates, arms, original_length=facts.original_length, answer_tokens=answer_tokens)
+    outcomes = check_gates(gates, arms, original_length=facts.original_length, answer_tokens=facts.answer_tokens)
     write_json_atomic(job.run.path / "gates.json", [asdict(outcome) for outcome in outcomes])
     for outcome in outcomes:
         job.reporter.info(outcome.sentence)

@@ -59,7 +59,10 @@ def recorded_arms(name: str) -> tuple[list[Arm], dict[str, Any]]:
     Raises:
         UsageError: no such baseline.
     """
-    folder = baseline_folder(name)
+    return _arms_in_baseline(baseline_folder(name))
+
+
+def _arms_in_baseline(folder: Path) -> tuple[list[Arm], dict[str, Any]]:
     facts = read_json(folder / "baseline.json")
     labels = arm_labels(facts["method"])
     found = [path.parent.name for path in sorted(folder.glob("*/samples.jsonl"))]
@@ -171,11 +174,7 @@ def record_baseline(run: RunFolder, destination: Path, *, command: str, hardware
                 shutil.copyfile(source / name, partial / arm.name / name)
         shutil.copyfile(run.path / "recipe.yaml", partial / "recipe.yaml")
         facts, _ = gather(run, recipe)
-        live = write_report(partial / "report", replace(facts, notes=[]), arms)
-        live.unlink()
-        for picture in partial.glob("report/*"):
-            picture.rename(partial / picture.name)
-        (partial / "report").rmdir()
+        _draw_baseline(partial, replace(facts, notes=[]), arms)
         write_json_atomic(
             partial / "baseline.json",
             {
@@ -193,3 +192,23 @@ def record_baseline(run: RunFolder, destination: Path, *, command: str, hardware
             },
         )
     return destination
+
+
+def report_baseline(folder: Path) -> Path:
+    """Draw the pictures and tables of a baseline folder again, from the samples of all arms in it.
+
+    Raises:
+        ArtefactError: no baseline, or a damaged one.
+    """
+    arms, _ = _arms_in_baseline(folder)
+    facts = ReportFacts(**read_json(folder / "summary.json")["facts"])
+    _draw_baseline(folder, facts, [replace(arm, recorded=False) for arm in arms])
+    return folder
+
+
+def _draw_baseline(folder: Path, facts: ReportFacts, arms: list[Arm]) -> None:
+    """Everything of a report but the page; a baseline is shown on the pages of runs."""
+    write_report(folder / "report", facts, arms).unlink()
+    for picture in (folder / "report").iterdir():
+        picture.rename(folder / picture.name)
+    (folder / "report").rmdir()

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
 from ctxext.errors import UsageError
+from ctxext.evaluation.cells import Over
 from ctxext.evaluation.report import terminal_table
 from ctxext.files import format_bytes
 from ctxext.pipeline.console import ConsoleReporter, duration
 from ctxext.pipeline.evaluate import FACTS_NAME, gather_evaluation, report_evaluation
 from ctxext.pipeline.extend import estimated_run_seconds, output_folder
-from ctxext.pipeline.report import gather, record_baseline, report_run
+from ctxext.pipeline.report import gather, record_baseline, report_baseline, report_run
 from ctxext.pipeline.run_folder import RunFolder, peak_memory_bytes
+from ctxext.pipeline.stages import stages_of
+from ctxext.pipeline.stored_runs import derive_results
+from ctxext.planning.memory_plan import plan_memory
 from ctxext.planning.plan import make_plan
 from ctxext.recipe.schema import Recipe
+from ctxext.train.step import SummedLoss
 
 
 def print_summary(console: Console, folder: Path) -> None:
@@ -36,25 +42,66 @@ def print_summary(console: Console, folder: Path) -> None:
 
 
 def print_plan(reporter: ConsoleReporter, recipe: Recipe) -> None:
-    """The plan, without starting anything."""
-    plan = make_plan(recipe)
-    reporter.plan(plan, estimated_run_seconds(recipe, plan), str(output_folder(recipe)))
+    """The plan, without starting anything; of a curriculum, every stage's."""
+    for stage in stages_of(recipe) if recipe.stages is not None else [None]:
+        own = recipe if stage is None else stage.plannable
+        if stage is not None:
+            reporter.info(stage.title)
+        plan = replace(make_plan(own), memory=plan_memory(own, SummedLoss).to_json())
+        reporter.plan(plan, estimated_run_seconds(own, plan), str(output_folder(own)))
 
 
-def print_report(reporter: ConsoleReporter, folder: Path, record: Path | None, *, command: str, hardware: str) -> None:
-    """Redraw the report of a run or of a folder of `ctxext eval`, and record a run as a baseline when asked."""
-    run = RunFolder(folder)
+def print_evaluation(console: Console, folder: Path) -> None:
+    """Table of arms, conclusions and page of a folder of `ctxext eval`; nothing where another process tells them."""
+    if not (folder / FACTS_NAME).is_file():
+        return
+    facts, arms = gather_evaluation(folder)
+    table, sentences = terminal_table(arms, facts)
+    console.print(table)
+    for sentence in sentences:
+        console.print(f"- {sentence}", markup=False)
+    console.print(f"Report: {folder / 'report' / 'index.html'}", markup=False, soft_wrap=True)
+
+
+def rows_of(choice: str) -> Over:
+    """The value of `--over`.
+
+    Raises:
+        UsageError: unknown.
+    """
+    if choice == "depth":
+        return "depth"
+    if choice == "position":
+        return "position"
+    raise UsageError("unknown rows", where="--over", got=choice, expected="depth or position")
+
+
+def print_report(
+    reporter: ConsoleReporter,
+    folder: Path,
+    record: Path | None,
+    *,
+    command: str,
+    hardware: str,
+    over: str = "depth",
+) -> None:
+    """Redraw the report of a run, a folder of `ctxext eval` or a baseline; record a run as a baseline when asked."""
+    rows, run = rows_of(over), RunFolder(folder)
+    if (folder / "baseline.json").is_file():
+        derive_results(str(folder))
+        reporter.console.print(f"Redrawn: {report_baseline(folder)}", markup=False, soft_wrap=True)
+        return
+    if not (folder / FACTS_NAME).is_file():
+        run.recipe()  # refuses what is no run, before anything is derived
+    derive_results(str(folder))
     if (folder / FACTS_NAME).is_file():
         if record is not None:
             raise UsageError("only a run can be recorded, not a single evaluation", where=str(folder))
-        facts, arms = gather_evaluation(folder)
-        page = report_evaluation(folder, reporter)
-        if len({sample.task for sample in arms[0].samples}) > 1:
-            reporter.console.print(f"Reports: {page}", markup=False, soft_wrap=True)
-            return
-    else:
-        page = report_run(run)
-        facts, arms = gather(run, run.recipe())
+        report_evaluation(folder, rows)
+        print_evaluation(reporter.console, folder)
+        return
+    page = report_run(run, rows)
+    facts, arms = gather(run, run.recipe())
     table, sentences = terminal_table(arms, facts)
     reporter.console.print(table)
     for sentence in sentences:

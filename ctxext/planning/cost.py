@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
+
+from ctxext.rope.families import text_config
 
 # What a forward pass reaches of a plain matrix product's speed (SmolLM2-135M, two CPU cores, 2K-12K tokens: 0.7-0.8).
 _EFFICIENCY = 0.7
@@ -36,6 +40,24 @@ class ModelShape:
         attention = 2.0 * self.num_layers * self.attention_width * window_tokens**2
         recomputed = matrices + attention if activation_checkpointing else 0.0
         return 2.0 * matrices + 3.5 * attention + recomputed
+
+
+def model_shape(config: Any) -> ModelShape:
+    """The shape of the model that `config` describes, counted on the real architecture without its memory."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    text = text_config(config)
+    num_matrix = sum(parameter.numel() for parameter in model.parameters())
+    if not getattr(text, "tie_word_embeddings", False):
+        # The output embedding multiplies every token, the input embedding only looks rows up.
+        num_matrix -= model.get_input_embeddings().weight.numel()
+    return ModelShape(num_matrix, text.num_hidden_layers, attention_width(text))
+
+
+def attention_width(text: Any) -> int:
+    """Width of all query heads together."""
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return int(text.num_attention_heads * head_dim)
 
 
 def measured_flops_per_second(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:

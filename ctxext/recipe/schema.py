@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from itertools import pairwise
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from ctxext.recipe.base import Block, PositiveInt, Seed
 from ctxext.recipe.data import DataBlock
 from ctxext.recipe.gates import GatesBlock
+from ctxext.recipe.memory import MemoryBlock
 from ctxext.rope.methods import AnyRopeMethod, Yarn
 
 _CHECKPOINTING_ABOVE_TOKENS = 4096
@@ -54,6 +56,7 @@ class TrainBlock(Block):
         windows_per_device: windows in one forward pass.
         warmup: share of the steps with rising learning rate, 0.01-0.05 (at least one step), then cosine to zero.
         activation_checkpointing: `auto` turns it on above 4096 tokens a window.
+        memory: what else saves memory, and at what price.
         checkpoint_every: steps between checkpoints; a tenth of the steps when left out.
     """
 
@@ -65,6 +68,7 @@ class TrainBlock(Block):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     activation_checkpointing: Literal["auto"] | bool = "auto"
+    memory: MemoryBlock = MemoryBlock()
     checkpoint_every: PositiveInt | None = None
     keep_checkpoints: PositiveInt = 2
     trackers: list[Tracker] = Field(default_factory=_tensorboard)
@@ -112,10 +116,25 @@ class EvaluationBlock(Block):
         return self
 
 
+class StageBlock(Block):
+    """One stage of a curriculum; what it leaves out is as in the recipe's own blocks, key by key.
+
+    Attributes:
+        target_length: of this stage.
+    """
+
+    target_length: PositiveInt
+    rope: AnyRopeMethod | None = None
+    data: DataBlock | None = None
+    train: TrainBlock | None = None
+
+
 class Recipe(Block):
     """The whole job.
 
     Attributes:
+        stages: a curriculum of several target lengths, each trained from where the last one ended; the last stage's
+            target length is the recipe's.
         on_existing: for a model whose RoPE is scaled already: refuse it, replace its scaling, or compose with it.
     """
 
@@ -123,6 +142,7 @@ class Recipe(Block):
     rope: AnyRopeMethod = Yarn()
     on_existing: Literal["refuse", "replace", "compose"] = "refuse"
     target_length: PositiveInt
+    stages: Annotated[list[StageBlock], Field(min_length=2)] | None = None
     data: DataBlock = DataBlock()
     lora: LoraBlock = LoraBlock()
     train: TrainBlock = TrainBlock()
@@ -149,3 +169,55 @@ class Recipe(Block):
         if self.rope.method == "none" and self.evaluation.untrained:
             raise ValueError("evaluation.untrained with rope.method: none would repeat the base model")
         return self
+
+    @model_validator(mode="after")
+    def _stages_build_on_each_other(self) -> Recipe:
+        if self.stages is None:
+            return self
+        lengths = [stage.target_length for stage in self.stages]
+        if any(later < earlier for earlier, later in pairwise(lengths)):
+            raise ValueError(f"stages: target lengths {lengths} must not fall from one stage to the next")
+        if lengths[-1] != self.target_length:
+            raise ValueError(
+                f"the last stage's target_length ({lengths[-1]}) must be the recipe's ({self.target_length})"
+            )
+        if self.evaluation.control or self.evaluation.untrained:
+            raise ValueError(
+                "a recipe with stages evaluates before and after; for the control arm run it once more with "
+                "rope.method: none and control: true, and compare the two runs with `ctxext compare`"
+            )
+        for number in range(len(self.stages)):
+            stage_recipe(self, number)
+        return self
+
+
+def stage_recipe(recipe: Recipe, number: int) -> Recipe:
+    """The recipe of one stage by itself, as if it started from the recipe's own model.
+
+    Args:
+        number: from 0.
+
+    Raises:
+        ValueError: the stage's blocks do not fit together.
+    """
+    assert recipe.stages is not None
+    stage = recipe.stages[number]
+    values: dict[str, Any] = recipe.model_dump(mode="json", exclude={"stages"})
+    values["target_length"] = stage.target_length
+    values["rope"] = (stage.rope or recipe.rope).model_dump(mode="json")
+    for name in ("data", "train"):
+        block = getattr(stage, name)
+        if block is not None:
+            values[name] = _merged(values[name], block.model_dump(mode="json", exclude_unset=True))
+    if number + 1 < len(recipe.stages):
+        values["evaluation"] |= {"before": False, "recorded": None, "gates": None}
+    return Recipe.model_validate(values)
+
+
+def _merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`values` with what `changes` says otherwise, blocks within blocks included."""
+    merged = dict(values)
+    for key, value in changes.items():
+        deeper = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merged(merged[key], value) if deeper else value
+    return merged

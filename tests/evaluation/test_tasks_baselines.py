@@ -58,7 +58,7 @@ def test_stored_identities_of_older_suites_are_what_they_were(suite: str, baseli
 
 
 def test_older_suites_are_written_without_the_later_keys() -> None:
-    for name in ("quick", "quickstart", "quickstart-recorded", "tiny", "gemma-patch"):
+    for name in ("quickstart", "quickstart-recorded", "tiny", "gemma-patch"):
         assert set(load_suite(name).model_dump(mode="json")) == OLD_KEYS
 
 

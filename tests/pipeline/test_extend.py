@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import yaml
 from support import Job, SilentReporter, byte_tokenizer, json_lines, make_job, write_suite
 
 from ctxext.errors import ArtefactError, CtxextError, RecipeError, UsageError
-from ctxext.evaluation.store import load_samples, results_of
+from ctxext.evaluation.results import derived_results
+from ctxext.evaluation.store import load_samples
 from ctxext.files import verify_manifest
-from ctxext.pipeline.evaluate import evaluate_model
+from ctxext.pipeline.evaluate import EvaluationRequest, evaluate_models
 from ctxext.pipeline.extend import extend
 from ctxext.pipeline.recipes import recipe_of
 from ctxext.pipeline.report import arms_of_run, gather, record_baseline, recorded_arms, report_run
@@ -88,7 +90,7 @@ def test_all_arms_answer_the_same_prompts_and_results_follow_from_samples(
     assert all(other == prompts[0] for other in prompts)
     for arm in arms:
         stored = json.loads((run.evaluation(arm.name) / "results.json").read_text())
-        assert stored == results_of(load_samples(run.evaluation(arm.name)))
+        assert stored == derived_results(run.evaluation(arm.name))
     losses = {arm.name: tuple(tuple(sample.loss_blocks) for sample in arm.samples) for arm in arms}
     assert len(set(losses.values())) == 4
 
@@ -304,25 +306,21 @@ def test_evaluating_a_merged_checkpoint_gives_the_answers_of_the_run(
     finished: tuple[Job, SilentReporter], tmp_path: Path
 ) -> None:
     job, _ = finished
-    arguments: dict[str, Any] = {"suite": str(job.folder / "suite.yaml"), "revision": None, "dtype": "float32"}
-    folder = tmp_path / "evaluation"
-    page = evaluate_model(str(job.output / "merged"), output=str(folder), reporter=SilentReporter(), **arguments)
-    assert page == folder / "report" / "index.html"
+    folder, merged = tmp_path / "evaluation", str(job.output / "merged")
+    asked = EvaluationRequest(
+        merged, suite=str(job.folder / "suite.yaml"), output=str(folder), dtype="float32", beyond_reach=True
+    )
+    assert evaluate_models(asked, SilentReporter()) == folder
+    assert (folder / "report" / "index.html").is_file()
     again = {sample.sample_id: (sample.answer_ids, sample.loss_blocks) for sample in load_samples(folder)}
     run = {s.sample_id: (s.answer_ids, s.loss_blocks) for s in load_samples(job.output / "eval" / "after")}
     assert again == run
     reporter = SilentReporter()
-    evaluate_model(str(job.output / "merged"), output=str(folder), reporter=reporter, **arguments)
+    evaluate_models(asked, reporter)
     assert len(reporter.samples) == 4
     assert len(json_lines(folder / "samples.jsonl")) == 4
     with pytest.raises(ArtefactError, match=r"something else.*weights"):
-        evaluate_model(
-            str(job.folder / "models" / "tiny"),
-            output=str(folder),
-            reporter=SilentReporter(),
-            beyond_reach=True,
-            **arguments,
-        )
+        evaluate_models(replace(asked, model=str(job.folder / "models" / "tiny")), SilentReporter())
 
 
 def test_a_single_evaluation_is_reported_again_and_never_recorded(
@@ -334,15 +332,9 @@ def test_a_single_evaluation_is_reported_again_and_never_recorded(
 
     job, _ = finished
     folder = tmp_path / "evaluation"
-    evaluate_model(
-        str(job.folder / "models" / "tiny"),
-        suite=str(job.folder / "suite.yaml"),
-        output=str(folder),
-        revision=None,
-        dtype="float32",
-        beyond_reach=True,
-        reporter=SilentReporter(),
-    )
+    model, suite = str(job.folder / "models" / "tiny"), str(job.folder / "suite.yaml")
+    asked = EvaluationRequest(model, suite=suite, output=str(folder), dtype="float32", beyond_reach=True)
+    evaluate_models(asked, SilentReporter())
     before = contents(folder / "report")
     for path in (folder / "report").iterdir():
         path.unlink()

@@ -9,9 +9,10 @@ import torch
 from support import Job, make_job, tiny_model
 
 from ctxext.errors import RecipeError, UsageError
+from ctxext.evaluation.suite import stored_suite
 from ctxext.model.lora import add_lora
 from ctxext.planning.cost import ModelShape, estimated_seconds, measured_flops_per_second
-from ctxext.planning.plan import Plan, arms_of, length_checks, make_plan, suite_check, suite_of
+from ctxext.planning.plan import Plan, arms_of, length_checks, make_plan, suite_check
 from ctxext.recipe.schema import LoraBlock
 
 CONTROL = ("rope.method=none", "rope.control=true")
@@ -59,7 +60,7 @@ def test_evaluation_counts_all_prompts_of_the_suite(plan: Plan) -> None:
     assert plan.num_samples == 4
     assert plan.prefill_tokens == 2 * 100 + 2 * 240
     assert plan.longest_prompt == 240
-    assert suite_of(plan).haystack == "generated-words"
+    assert stored_suite(plan.suite).haystack == "generated-words"
 
 
 def test_the_plan_can_be_stored(plan: Plan) -> None:
