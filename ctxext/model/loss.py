@@ -11,12 +11,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from ctxext.errors import UnsupportedModelError
+from ctxext.model.tiling import tiled
 
 IGNORE_INDEX = -100
 _CHUNK_TOKENS = 1024
+# Up to here all logits at once are as good (256 MiB in float32). Without its `options`, torch's linear_cross_entropy is
+# only a name for that.
+_WHOLE_LOGITS = 2**26
 
 
 class DecoderHead:
@@ -63,23 +66,15 @@ def token_losses(hidden: Tensor, head: torch.nn.Linear, targets: Tensor) -> Tens
         return torch.cat(
             [_chunk_losses(hidden[i : i + _CHUNK_TOKENS], head, targets[i : i + _CHUNK_TOKENS]) for i in pieces]
         )
-    fused = getattr(F, "linear_cross_entropy", None)
-    if fused is not None and head.bias is None:
-        losses: Tensor = fused(hidden, head.weight, targets, reduction="none", ignore_index=IGNORE_INDEX)
-        return losses.float()
-    return torch.cat(
-        [
-            checkpoint(
-                _chunk_losses,
-                hidden[start : start + _CHUNK_TOKENS],
-                head,
-                targets[start : start + _CHUNK_TOKENS],
-                use_reentrant=False,
-            )
-            for start in range(0, len(targets), _CHUNK_TOKENS)
-        ]
-    )
+    if len(targets) * head.weight.shape[0] <= _WHOLE_LOGITS and head.bias is None:
+        fused = getattr(F, "linear_cross_entropy", None)
+        if fused is not None:
+            losses: Tensor = fused(hidden, head.weight, targets, reduction="none", ignore_index=IGNORE_INDEX)
+            return losses.float()
+    parameters = [parameter for parameter in head.parameters() if parameter.requires_grad]
+    return tiled(_chunk_losses, _CHUNK_TOKENS, hidden, head, targets, parameters=parameters)
 
 
 def _chunk_losses(hidden: Tensor, head: torch.nn.Linear, targets: Tensor) -> Tensor:
-    return F.cross_entropy(head(hidden).float(), targets, reduction="none", ignore_index=IGNORE_INDEX)
+    logits = head(hidden).float()  # on the head's device, where a model is spread over several
+    return F.cross_entropy(logits, targets.to(logits.device), reduction="none", ignore_index=IGNORE_INDEX)

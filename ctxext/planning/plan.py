@@ -11,12 +11,16 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ctxext.errors import CtxextError
-from ctxext.evaluation.suite import Sample, Suite, load_suite, resolve_samples
+from ctxext.evaluation.arms import CONTROL_TASK
+from ctxext.evaluation.suite import Sample, load_suite, resolve_samples
 from ctxext.files import fingerprint
 from ctxext.model.assumptions import assumed_by_default
-from ctxext.model.load import load_config, resolve_source, weights_fingerprint
+from ctxext.model.load import choose_device, load_config, resolve_source, weights_fingerprint
 from ctxext.model.lora import add_lora, num_trainable
-from ctxext.planning.cost import ModelShape
+from ctxext.model.savings import check_savings
+from ctxext.planning.cost import ModelShape, attention_width
+from ctxext.planning.data_plan import data_lines, facts_notes
+from ctxext.recipe.data import STREAMED
 from ctxext.recipe.load import KeyPath
 from ctxext.recipe.schema import Recipe
 from ctxext.rope.families import OnExisting, base_ropes, text_config
@@ -40,7 +44,9 @@ class Plan:
         weights: fingerprint of the base weights.
         plan_id: hash of everything that changes results.
         positions: the extended config's RoPE in one line.
-        notes: what the model's config does not say, or says otherwise elsewhere.
+        notes: what the model's config does not say, or says otherwise elsewhere; and what facts share with the suite.
+        data: what training reads, in words.
+        memory: a training step's memory, traced (`memory_plan.MemoryPlan`); None where nobody asked.
     """
 
     plan_id: str
@@ -74,6 +80,8 @@ class Plan:
     trainable_bytes: int
     cache_bytes: int
     merged_bytes: int
+    data: list[str]
+    memory: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """For `plan.json`."""
@@ -108,7 +116,9 @@ def make_plan(recipe: Recipe) -> Plan:
     weights = weights_fingerprint(source, config)
     window_tokens = recipe.data.windows.length or recipe.target_length
     checkpointing = recipe.train.uses_activation_checkpointing(window_tokens)
-    shape = ModelShape(counts.matrices, text.num_hidden_layers, _attention_width(text))
+    elsewhere = recipe.train.memory.device_gib is not None  # planned for another machine than this one
+    check_savings(recipe.train, window_tokens, "cuda" if elsewhere else choose_device().type)
+    shape = ModelShape(counts.matrices, text.num_hidden_layers, attention_width(text))
     train_tokens = recipe.train.steps * recipe.train.windows_per_step * window_tokens
     arms = arms_of(recipe)
     # Only what changes results: where the run is written, how often it saves and what else is evaluated do not.
@@ -117,6 +127,14 @@ def make_plan(recipe: Recipe) -> Plan:
         decisive[block].pop(key)
     for key in ("output_dir", "evaluation"):
         decisive.pop(key)
+    # Of the savings, only tiles change what is computed, and only in the last bits.
+    tile = decisive["train"].pop("memory") and recipe.train.memory.tile(window_tokens * recipe.train.windows_per_device)
+    decisive["train"] |= {"tile_tokens": tile} if tile else {}
+    if recipe.data.cache != STREAMED:  # where the cache lies changes nothing, but streaming reads in another order
+        decisive["data"].pop("cache")
+    decisive["data"]["length"].pop("allow_short")  # whether a selection is accepted, not what is selected
+    if recipe.data.contamination == "exclude":  # what is left out depends on the suite
+        decisive["data"]["excluded"] = suite.model_dump(mode="json")
     return Plan(
         weights=weights,
         plan_id=fingerprint(
@@ -134,7 +152,7 @@ def make_plan(recipe: Recipe) -> Plan:
         method=method.method,
         rope_parameters=text_config(extended).rope_parameters,
         positions=describe_positions(extended),
-        notes=assumed_by_default(source, config),
+        notes=[*assumed_by_default(source, config), *facts_notes(recipe.data, suite)],
         attention_factor=method.attention_multiplier(base),
         num_parameters=counts.total,
         num_trainable=counts.trainable,
@@ -155,6 +173,7 @@ def make_plan(recipe: Recipe) -> Plan:
         trainable_bytes=counts.trainable * 4 * _FLOAT32_BYTES,
         cache_bytes=cache_bytes(text, max(sample.cell.length_tokens for sample in samples), _FLOAT32_BYTES),
         merged_bytes=counts.total * _FLOAT32_BYTES,
+        data=data_lines(recipe.data, window_tokens),
     )
 
 
@@ -168,11 +187,6 @@ def cache_bytes(text: Any, num_tokens: int, dtype_bytes: int) -> int:
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     num_kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     return int(2 * text.num_hidden_layers * num_kv_heads * head_dim * dtype_bytes * num_tokens)
-
-
-def _attention_width(text: Any) -> int:
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return int(text.num_attention_heads * head_dim)
 
 
 @dataclass(frozen=True)
@@ -248,15 +262,10 @@ def suite_check(values: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:
         except CtxextError as error:
             yield ("evaluation", "suite"), str(error)
             return
-        if len(suite.members) > 1:
+        measured = [task for task in suite.members if task.task_name != CONTROL_TASK]
+        if len(measured) > 1:
             # Its report and conclusions are about one grid; several would be pooled into a number that means nothing.
             yield (
                 ("evaluation", "suite"),
-                f"'{name}' has {len(suite.members)} tasks; a run's suite has one, others are for `ctxext eval`",
+                f"'{name}' has {len(measured)} tasks; a run's suite has one, others are for `ctxext eval`",
             )
-
-
-def suite_of(plan: Plan) -> Suite:
-    """The suite that a plan was made with."""
-    values = {key: value for key, value in plan.suite.items() if key != "name"}
-    return Suite.model_validate(values)

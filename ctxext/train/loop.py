@@ -16,12 +16,14 @@ from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from peft import PeftModel
 from transformers import PreTrainedConfig
 
-from ctxext.data.order import Cursor, windows_after
-from ctxext.data.packing import WindowBuilder
+from ctxext.data.order import Cursor, Share
+from ctxext.data.windows import TrainingWindows
 from ctxext.errors import ResourceError, UsageError
+from ctxext.evaluation.sharding import require_all_processes
 from ctxext.files import append_json_line, canonical_json, read_json_lines, write_text_atomic
 from ctxext.model.attention import running_kernels
 from ctxext.model.lora import add_lora, num_trainable
+from ctxext.model.savings import apply_savings, savings_of
 from ctxext.recipe.schema import LoraBlock, TrainBlock
 from ctxext.rope.verify import RopeVerification, verify_positions
 from ctxext.train.adapter import adapter_tensors, set_adapter_tensors
@@ -76,6 +78,7 @@ def make_accelerator(dtype: torch.dtype, device: torch.device, trackers: list[st
     Raises:
         ResourceError: a launcher asked for several processes and Accelerate runs as one.
     """
+    require_all_processes()
     accelerator = Accelerator(
         cpu=device.type == "cpu",
         mixed_precision="bf16" if dtype == torch.bfloat16 else "no",
@@ -111,7 +114,7 @@ class Trainer:
         accelerator: Accelerator,
         model: Any,
         config: PreTrainedConfig,
-        builder: WindowBuilder,
+        windows: TrainingWindows,
         lora: LoraBlock,
         settings: TrainBlock,
         folder: Path,
@@ -119,7 +122,7 @@ class Trainer:
     ) -> None:
         self._accelerator = accelerator
         self._settings = settings
-        self._builder = builder
+        self._windows = windows
         self._folder = folder
         self._identity = state
         self._check_batch()
@@ -127,8 +130,7 @@ class Trainer:
         self._kernels = running_kernels(model)
         self._peft: PeftModel = add_lora(model, lora, settings.seed)
         self._peft.train()
-        if settings.uses_activation_checkpointing(builder.length):
-            model.activation_checkpointing_enable()
+        apply_savings(self._peft, savings_of(settings, windows.length))
         trainable = [parameter for parameter in self._peft.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(
             trainable, lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=settings.weight_decay
@@ -184,9 +186,8 @@ class Trainer:
             group["lr"] = rate
         started = time.perf_counter()
         cursor = Cursor(settings.seed, step * settings.windows_per_step)
-        chosen = windows_after(cursor, settings.windows_per_step, self._builder.num_windows)
-        mine = chosen[self._accelerator.process_index :: self._accelerator.num_processes]
-        windows = [self._builder.build(epoch, index) for epoch, index in mine]
+        share = Share(self._accelerator.process_index, self._accelerator.num_processes)
+        windows = self._windows.step_windows(cursor, settings.windows_per_step, share)
         try:
             result = run_step(
                 self._accelerator,
@@ -200,7 +201,7 @@ class Trainer:
             raise ResourceError(
                 f"out of memory in training step {step + 1}",
                 where="train",
-                got=f"{settings.windows_per_device} x {self._builder.length} tokens in one pass",
+                got=f"{settings.windows_per_device} x {self._windows.length} tokens in one pass",
                 hint="Use train.windows_per_device=1, train.activation_checkpointing=true or skip-wise windows.",
             ) from error
         seconds = time.perf_counter() - started
@@ -245,6 +246,7 @@ class Trainer:
         set_adapter_tensors(self._peft, checkpoint.adapter, str(checkpoint.folder))
         set_optimizer_tensors(self._optimizer.optimizer, checkpoint.optimizer)
         self._set_random_state(checkpoint.random_states)
+        self._windows.restore(checkpoint.stream_state, checkpoint.state.step * self._settings.windows_per_step)
         self._keep_metrics_up_to(checkpoint.state.step)
         messages.append(f"resumed at step {checkpoint.state.step} of {self._settings.steps}")
         return checkpoint.state.step, messages
@@ -268,6 +270,7 @@ class Trainer:
                 optimizer_tensors(self._optimizer.optimizer),
                 states,
                 self._settings.keep_checkpoints,
+                self._windows.stream_state(),
             )
         self._accelerator.wait_for_everyone()
 

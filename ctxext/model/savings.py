@@ -1,0 +1,102 @@
+"""Everything that makes a training step smaller, put onto a model in one place: training and its trace use this."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from ctxext.model.offload import already_on_host, nothing_to_offload, offload_layer_inputs
+from ctxext.model.tiling import tile_modules
+from ctxext.recipe.schema import TrainBlock
+
+
+@dataclass(frozen=True)
+class Savings:
+    """What is saved and how.
+
+    Attributes:
+        checkpoint_every: layers from one activation checkpoint to the next; None without checkpointing.
+        offload: layer inputs lie in host memory.
+        tile_tokens: tokens of a tile; None when nothing is tiled.
+    """
+
+    checkpoint_every: int | None = None
+    offload: bool = False
+    tile_tokens: int | None = None
+
+    def describe(self) -> str:
+        """In words."""
+        if self.checkpoint_every is None:
+            words = ["no activation checkpointing"]
+        else:
+            which = "every layer" if self.checkpoint_every == 1 else f"one layer in {self.checkpoint_every}"
+            words = [f"activation checkpoints of {which}" + (" in host memory" if self.offload else "")]
+        if self.tile_tokens is not None:
+            words.append(f"norms, MLPs and linear layers in tiles of {self.tile_tokens:,} tokens")
+        return ", ".join(words)
+
+
+def savings_of(train: TrainBlock, window_tokens: int) -> Savings:
+    """What a recipe's choices become for windows of this length."""
+    checkpointing = train.uses_activation_checkpointing(window_tokens)
+    return Savings(
+        checkpoint_every=train.memory.checkpoint_every_n_layers if checkpointing else None,
+        offload=train.memory.offload,
+        tile_tokens=train.memory.tile(window_tokens * train.windows_per_device),
+    )
+
+
+def check_savings(train: TrainBlock, window_tokens: int, device_type: str) -> None:
+    """Refuse, before any work, savings that the loop would refuse after the first evaluation.
+
+    Raises:
+        UsageError: offloading without checkpoints, or without an accelerator.
+    """
+    savings = savings_of(train, window_tokens)
+    if savings.offload and savings.checkpoint_every is None:
+        raise nothing_to_offload()
+    if savings.offload and device_type == "cpu":
+        raise already_on_host()
+
+
+def apply_savings(model: PeftModel, savings: Savings) -> None:
+    """Put the savings onto a model with its adapter.
+
+    Raises:
+        UsageError: offloading without checkpoints, or without an accelerator.
+    """
+    base: Any = model.get_base_model()
+    _drop_adapter_input_casts(model)
+    if savings.checkpoint_every is not None:
+        base.activation_checkpointing_enable(every_n_layers=savings.checkpoint_every)
+    if savings.offload:
+        offload_layer_inputs(base)
+    if savings.tile_tokens is not None:
+        tile_modules(model, savings.tile_tokens)
+
+
+def _drop_adapter_input_casts(model: PeftModel) -> None:
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            cast = partial(_cast_where_needed, type(module)._cast_input_dtype, module)
+            module._cast_input_dtype = cast  # type: ignore[method-assign]
+
+
+def _cast_where_needed(cast: Callable[..., Any], layer: Any, x: Any, dtype: torch.dtype) -> Any:
+    # peft casts an adapter's inputs to its weights' float32. Autocast would round them back to the bfloat16 that they
+    # came from, so that the copy only costs memory.
+    if isinstance(x, torch.Tensor) and x.dtype == _autocast_dtype(x.device.type):
+        return x
+    return cast(layer, x, dtype)
+
+
+def _autocast_dtype(device_type: str) -> torch.dtype | None:
+    if device_type == "meta":  # has no autocast; a trace stands for a step under it
+        return torch.bfloat16
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
