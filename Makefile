@@ -65,6 +65,7 @@ bench: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/bench_engine.py
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/bench_engine.py --fast --samples 1
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/bench_data.py --large 0
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/bench_memory.py --shapes
 	$(BIN)/python tests/benchmarks/bench_patch.py
 	$(BIN)/python tests/benchmarks/bench_windowed.py
 
