@@ -340,7 +340,8 @@ def evaluate(
     ] = None,
 ) -> None:
     """Measure retrieval by position and loss by position, of one model or of several arms on the same prompts."""
-    from ctxext.pipeline.evaluate import EvaluationRequest, evaluate_models
+    from ctxext.pipeline.evaluate import evaluate_models
+    from ctxext.pipeline.evaluation_plan import EvaluationRequest
     from ctxext.pipeline.stored_runs import stored_command
 
     models, settings = _words(rest)

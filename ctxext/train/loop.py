@@ -202,8 +202,8 @@ class Trainer:
                 f"out of memory in training step {step + 1}",
                 where="train",
                 got=f"{settings.windows_per_device} x {self._windows.length} tokens in one pass",
-                hint="Use train.windows_per_device=1, train.activation_checkpointing=true, train.memory.tile_tokens=4096, "
-                "train.memory.offload=true or skip-wise windows; `ctxext plan` says what each saves.",
+                hint="Use train.windows_per_device=1, train.activation_checkpointing=true, train.memory.offload "
+                "or skip-wise windows; `ctxext plan` says what each saves.",
             ) from error
         seconds = time.perf_counter() - started
         return StepMetrics(

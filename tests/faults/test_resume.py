@@ -147,7 +147,8 @@ def test_an_evaluation_killed_with_kill_9_keeps_every_finished_sample(
     finished = stored.read_bytes()
     finished = finished[: finished.rindex(b"\n") + 1]
     assert 20 <= finished.count(b"\n") < 210
-    from ctxext.pipeline.evaluate import EvaluationRequest, evaluate_models
+    from ctxext.pipeline.evaluate import evaluate_models
+    from ctxext.pipeline.evaluation_plan import EvaluationRequest
 
     monkeypatch.chdir(tmp_path)
     suite = str(job.folder / "suite.yaml")

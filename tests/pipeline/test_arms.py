@@ -12,7 +12,8 @@ from ctxext.errors import ArtefactError, CtxextError, GateError, UsageError
 from ctxext.evaluation.store import SampleResult, load_samples
 from ctxext.files import read_json
 from ctxext.pipeline.arms import ArmSpec, parse_arms
-from ctxext.pipeline.evaluate import EvaluationRequest, evaluate_models, gather_evaluation, report_evaluation
+from ctxext.pipeline.evaluate import evaluate_models, gather_evaluation, report_evaluation
+from ctxext.pipeline.evaluation_plan import EvaluationRequest
 from ctxext.pipeline.extend import extend
 from ctxext.rope.methods import Linear, Yarn
 

@@ -15,7 +15,8 @@ from ctxext.errors import ArtefactError, CtxextError, RecipeError, UsageError
 from ctxext.evaluation.results import derived_results
 from ctxext.evaluation.store import load_samples
 from ctxext.files import verify_manifest
-from ctxext.pipeline.evaluate import EvaluationRequest, evaluate_models
+from ctxext.pipeline.evaluate import evaluate_models
+from ctxext.pipeline.evaluation_plan import EvaluationRequest
 from ctxext.pipeline.extend import extend
 from ctxext.pipeline.recipes import recipe_of
 from ctxext.pipeline.report import arms_of_run, gather, record_baseline, recorded_arms, report_run

@@ -17,7 +17,8 @@ from ctxext.errors import CtxextError, UsageError
 from ctxext.export.merge import merge_adapter
 from ctxext.export.patch import patch_checkpoint
 from ctxext.files import write_json_atomic, write_manifest
-from ctxext.pipeline.evaluate import EvaluationRequest, evaluate_models
+from ctxext.pipeline.evaluate import evaluate_models
+from ctxext.pipeline.evaluation_plan import EvaluationRequest
 from ctxext.pipeline.extend import extend
 from ctxext.pipeline.verify import verify_checkpoint
 
