@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from ctxext.evaluation.backend import Backend, Work
 from ctxext.evaluation.engine import Builder, EngineReport, evaluate_samples
+from ctxext.evaluation.perplexity import measure_perplexity
 from ctxext.evaluation.prompt import prompt_identity, suite_builder
 from ctxext.evaluation.results import write_results
 from ctxext.evaluation.sharding import Processes, this_launch
@@ -52,7 +53,7 @@ def evaluate_arm(
     check_stop: Callable[[], None],
     samples: list[Sample] | None = None,
 ) -> list[SampleResult]:
-    """Answer every sample of `suite` that is not stored in `folder` yet.
+    """Answer every sample of `suite` that is not stored in `folder` yet, then measure the perplexity it asks for.
 
     Args:
         samples: those to answer, when they are not all of the suite's.
@@ -65,7 +66,7 @@ def evaluate_arm(
         UsageError: a length that the haystack or the task cannot serve.
     """
     grid = {"suite": suite.model_dump(mode="json"), "original_length": original_length, "target_length": target_length}
-    return evaluate_prompts(
+    results = evaluate_prompts(
         backend,
         suite_builder(suite, backend.tokenizer),
         resolve_samples(suite, original_length, target_length) if samples is None else samples,
@@ -77,6 +78,18 @@ def evaluate_arm(
         reporter=reporter,
         check_stop=check_stop,
     )
+    if suite.perplexity and this_launch().is_main:
+        for text in measure_perplexity(
+            backend,
+            suite,
+            folder,
+            original_length=original_length,
+            target_length=target_length,
+            weights=weights,
+            check_stop=check_stop,
+        ):
+            reporter.info(f"{title}: {text.sentence()}")
+    return results
 
 
 def evaluate_prompts(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,6 @@ from ctxext.evaluation.backends.choice import open_backend
 from ctxext.evaluation.backends.server import ServerBackend
 from ctxext.evaluation.cells import Over
 from ctxext.evaluation.conclusions import Arm
-from ctxext.evaluation.gates import check_gates, gate_error
-from ctxext.evaluation.perplexity import load_perplexity, measure_perplexity
 from ctxext.evaluation.report import ReportFacts, write_report
 from ctxext.evaluation.run import evaluate_arm
 from ctxext.evaluation.sharding import this_launch
@@ -25,8 +23,10 @@ from ctxext.files import read_json, write_json_atomic
 from ctxext.model.load import load_tokenizer, short_name
 from ctxext.model.placement import placement
 from ctxext.pipeline.arms import OpenedArm
-from ctxext.pipeline.evaluation_plan import ARMS_FOLDER, Evaluation, EvaluationRequest, prepare_evaluation
+from ctxext.pipeline.evaluation_plan import Evaluation, EvaluationRequest, arm_folder, prepare_evaluation
 from ctxext.pipeline.excerpts import read_excerpts, write_excerpts
+from ctxext.pipeline.gates import enforce_gates
+from ctxext.pipeline.report import self_check_notes, stored_perplexity
 from ctxext.pipeline.reporter import Reporter
 from ctxext.pipeline.run_folder import environment_facts
 from ctxext.recipe.gates import GatesBlock
@@ -65,7 +65,16 @@ def evaluate_models(request: EvaluationRequest, reporter: Reporter) -> Path:
     write_excerpts(evaluation.folder, evaluation.suite, load_tokenizer(evaluation.arms[0].source), arms)
     report_evaluation(evaluation.folder)
     if gates is not None:
-        _check_gates(gates, evaluation, reporter)
+        names = [arm.name for arm in arms]
+        enforce_gates(
+            gates,
+            arms,
+            evaluation.folder,
+            reporter,
+            original_length=evaluation.original_length,
+            answer_tokens=evaluation.suite.num_answer_tokens,
+            judged="extended" if "extended" in names else names[-1],
+        )
     return evaluation.folder
 
 
@@ -79,15 +88,10 @@ def report_evaluation(folder: Path, over: Over = "depth") -> Path:
         ArtefactError: no such folder.
     """
     facts, arms = gather_evaluation(folder)
-    texts = {arm.name: load_perplexity(_folder_of(folder, arms, arm)) for arm in arms}
-    perplexity = {name: asdict(results[0]) for name, results in texts.items() if results}
+    perplexity = stored_perplexity({arm.name: arm_folder(folder, arm.name, len(arms)) for arm in arms})
     return write_report(
         folder / "report", facts, arms, excerpts=read_excerpts(folder), perplexity=perplexity, over=over
     )
-
-
-def _folder_of(folder: Path, arms: Sequence[Arm], arm: Arm) -> Path:
-    return folder if len(arms) == 1 else folder / ARMS_FOLDER / arm.name
 
 
 def gather_evaluation(folder: Path) -> tuple[ReportFacts, list[Arm]]:
@@ -104,7 +108,7 @@ def gather_evaluation(folder: Path) -> tuple[ReportFacts, list[Arm]]:
     wanted = set(kept or [s.sample_id for s in resolve_samples(suite, facts.original_length, facts.target_length)])
     arms = []
     for entry in labels:
-        own = folder if len(labels) == 1 else folder / ARMS_FOLDER / entry["name"]
+        own = arm_folder(folder, entry["name"], len(labels))
         samples = [sample for sample in load_samples(own) if sample.sample_id in wanted]
         if not samples:
             raise ArtefactError("the arm has no samples", where=str(own))
@@ -132,20 +136,9 @@ def _evaluate(
         check_stop=lambda: stop.check("finished samples are saved"),
         samples=evaluation.samples,
     )
-    if isinstance(backend, ServerBackend) and (lengths := backend.length_summary()):
-        reporter.info(lengths)
-    if evaluation.suite.perplexity and this_launch().is_main:
-        for result in measure_perplexity(
-            backend,
-            evaluation.suite,
-            folder,
-            original_length=evaluation.original_length,
-            target_length=evaluation.target_length,
-            weights=identity,
-            check_stop=lambda: stop.check("finished texts are saved"),
-        ):
-            reporter.info(f"{arm.name}: {result.sentence()}")
     if isinstance(backend, ServerBackend):
+        if lengths := backend.length_summary():
+            reporter.info(lengths)
         backend.close()
 
 
@@ -197,42 +190,11 @@ def _facts(request: EvaluationRequest, evaluation: Evaluation, environment: dict
         suite={"name": request.suite, **evaluation.suite.model_dump(mode="json")},
         plan_id="-",
         environment=environment,
-        notes=[*evaluation.notes, *_engine_notes(evaluation)],
+        notes=[
+            *evaluation.notes,
+            *self_check_notes({arm.name: evaluation.arm_folder(arm) for arm in arms}),
+        ],
     )
-
-
-def _engine_notes(evaluation: Evaluation) -> Iterator[str]:
-    """A self-check that failed must stand beside the numbers."""
-    for arm in evaluation.arms:
-        path = evaluation.arm_folder(arm) / "engine.json"
-        check = read_json(path).get("self_check") if path.is_file() else None
-        if check and check["outcome"] == "different":
-            yield (
-                f"Arm {arm.name}: the engine's answer to {check['sample_id']} is not what plain generate answers; "
-                "these results must not be relied on. Please report it."
-            )
-
-
-def _check_gates(gates: GatesBlock, evaluation: Evaluation, reporter: Reporter) -> None:
-    """Judge the arm `extended`, or the only one.
-
-    Raises:
-        GateError: a gate is not met.
-    """
-    _, arms = gather_evaluation(evaluation.folder)
-    names = [arm.name for arm in arms]
-    outcomes = check_gates(
-        gates,
-        arms,
-        original_length=evaluation.original_length,
-        judged="extended" if "extended" in names else names[-1],
-        answer_tokens=evaluation.suite.num_answer_tokens,
-    )
-    write_json_atomic(evaluation.folder / "gates.json", [asdict(outcome) for outcome in outcomes])
-    for outcome in outcomes:
-        reporter.info(outcome.sentence)
-    if error := gate_error(outcomes):
-        raise error
 
 
 def _gates(settings: Sequence[str]) -> GatesBlock | None:

@@ -38,7 +38,6 @@ from ctxext.pipeline.reporter import Reporter
 from ctxext.planning.cost import estimated_seconds, measured_flops_per_second, model_shape
 
 MOST_ANSWER_TOKENS = 8192
-ARMS_FOLDER = "arms"
 
 
 @dataclass(frozen=True)
@@ -103,8 +102,13 @@ class Evaluation:
     notes: list[str] = field(default_factory=list)
 
     def arm_folder(self, arm: OpenedArm) -> Path:
-        """One arm lies in the folder itself."""
-        return self.folder if len(self.arms) == 1 else self.folder / ARMS_FOLDER / arm.name
+        """Where the arm's samples go."""
+        return arm_folder(self.folder, arm.name, len(self.arms))
+
+
+def arm_folder(folder: Path, name: str, num_arms: int) -> Path:
+    """Where an arm's samples lie in a folder of `ctxext eval`; a single arm's lie in the folder itself."""
+    return folder if num_arms == 1 else folder / "arms" / name
 
 
 def prepare_evaluation(request: EvaluationRequest, reporter: Reporter) -> Evaluation:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,7 @@ from ctxext.data.streaming import StreamedWindows
 from ctxext.data.windows import TrainingWindows
 from ctxext.errors import CtxextError, InterruptedRunError, exit_code_of
 from ctxext.evaluation.answerer import Answerer
-from ctxext.evaluation.gates import check_gates, gate_error
-from ctxext.evaluation.perplexity import load_perplexity, measure_perplexity
+from ctxext.evaluation.perplexity import load_perplexity
 from ctxext.evaluation.run import evaluate_arm, suite_identity
 from ctxext.evaluation.sharding import this_launch
 from ctxext.evaluation.store import load_samples
@@ -42,7 +41,8 @@ from ctxext.model.load import (
     short_name,
 )
 from ctxext.pipeline.excerpts import write_excerpts
-from ctxext.pipeline.report import gather, report_run
+from ctxext.pipeline.gates import enforce_gates
+from ctxext.pipeline.report import arms_of_run, gather, report_run
 from ctxext.pipeline.reporter import Reporter
 from ctxext.pipeline.run_folder import RunFolder, environment_facts
 from ctxext.pipeline.training_data import TrainingData, prepare_training_data, streamed_json
@@ -238,17 +238,6 @@ def _evaluate(job: _Job, model: PreTrainedModel, arm: str, title: str) -> None:
         reporter=job.reporter,
         check_stop=lambda: job.stop.check("finished samples are saved"),
     )
-    if suite.perplexity and job.is_main:
-        for result in measure_perplexity(
-            backend,
-            suite,
-            folder,
-            original_length=job.plan.original_length,
-            target_length=job.plan.target_length,
-            weights=weights,
-            check_stop=lambda: job.stop.check("finished texts are saved"),
-        ):
-            job.reporter.info(result.sentence())
 
 
 def _evaluation_complete(job: _Job, arm: str) -> bool:
@@ -412,7 +401,7 @@ def _control_arm(job: _Job) -> None:
 def _report(job: _Job) -> None:
     if not job.is_main:
         return
-    _, arms = gather(job.run, job.recipe)
+    arms = arms_of_run(job.run, job.recipe.rope.method)
     write_excerpts(job.run.path / "eval", stored_suite(job.plan.suite), job.tokenizer, arms)
     report_run(job.run)
     if is_edited(job.run.merged):
@@ -427,9 +416,11 @@ def _check_gates(job: _Job) -> None:
     if gates is None or not job.is_main:
         return
     facts, arms = gather(job.run, job.recipe)
-    outcomes = check_gates(gates, arms, original_length=facts.original_length, answer_tokens=facts.answer_tokens)
-    write_json_atomic(job.run.path / "gates.json", [asdict(outcome) for outcome in outcomes])
-    for outcome in outcomes:
-        job.reporter.info(outcome.sentence)
-    if error := gate_error(outcomes):
-        raise error
+    enforce_gates(
+        gates,
+        arms,
+        job.run.path,
+        job.reporter,
+        original_length=facts.original_length,
+        answer_tokens=facts.answer_tokens,
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -90,19 +91,37 @@ def report_run(run: RunFolder, over: Over = "depth") -> Path:
     facts, arms = gather(run, recipe)
     if not any(not arm.recorded for arm in arms):
         raise ArtefactError("nothing has been evaluated in this run yet", where=str(run.path))
-    live = [arm for arm in arms if not arm.recorded]
-    texts = {arm.name: load_perplexity(run.evaluation(arm.name)) for arm in live}
-    perplexity = {name: asdict(results[0]) for name, results in texts.items() if results}
+    perplexity = stored_perplexity({arm.name: run.evaluation(arm.name) for arm in arms if not arm.recorded})
     return write_report(
         run.report, facts, arms, excerpts=read_excerpts(run.path / "eval"), perplexity=perplexity, over=over
     )
+
+
+def self_check_notes(folders: Mapping[str, Path]) -> list[str]:
+    """What must stand beside the numbers of arms whose self-check failed; folders of samples by the arms' names."""
+    notes = []
+    for name, folder in folders.items():
+        path = folder / "engine.json"
+        check = read_json(path).get("self_check") if path.is_file() else None
+        if check and check["outcome"] == "different":
+            notes.append(
+                f"Arm {name}: the engine's answer to {check['sample_id']} is not what plain generate answers; these "
+                "results must not be relied on. Please report it."
+            )
+    return notes
+
+
+def stored_perplexity(folders: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
+    """The first perplexity that each arm's folder holds, by the arm's name; arms without one are left out."""
+    results = {name: load_perplexity(folder) for name, folder in folders.items()}
+    return {name: asdict(found[0]) for name, found in results.items() if found}
 
 
 def gather(run: RunFolder, recipe: Recipe) -> tuple[ReportFacts, list[Arm]]:
     """Facts and arms of a run, recorded arms included."""
     plan = read_json(run.path / "plan.json")
     arms = arms_of_run(run, recipe.rope.method)
-    notes: list[str] = []
+    notes = self_check_notes({arm.name: run.evaluation(arm.name) for arm in arms})
     if recipe.evaluation.recorded:
         recorded, baseline = recorded_arms(recipe.evaluation.recorded)
         arms += recorded

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from ctxext.evaluation.run import EvaluationReporter
-from ctxext.evaluation.store import SampleResult
-from ctxext.evaluation.suite import Sample
 from ctxext.planning.plan import Plan
 from ctxext.train.loop import TrainHooks
 
@@ -30,28 +28,3 @@ class Reporter(EvaluationReporter, Protocol):
 
     def progress(self, title: str) -> AbstractContextManager[Callable[[int, int], None]]:
         """Yields a function of (done, total) for a long preparation."""
-
-
-class Unheard:
-    """Says nothing: the reporter of all processes of a launch but the first."""
-
-    def plan(self, plan: Plan, estimated_seconds: float, output_dir: str) -> None:
-        """Nothing."""
-
-    def stage(self, number: int, count: int, title: str) -> None:
-        """Nothing."""
-
-    def info(self, text: str) -> None:
-        """Nothing."""
-
-    def evaluation(self, title: str, samples: list[Sample]) -> AbstractContextManager[Callable[[SampleResult], None]]:
-        """Nothing."""
-        return nullcontext(lambda result: None)
-
-    def training(self, title: str, steps: int) -> AbstractContextManager[TrainHooks]:
-        """Nothing."""
-        return nullcontext(TrainHooks(on_start=lambda start: None, on_step=lambda metrics: None))
-
-    def progress(self, title: str) -> AbstractContextManager[Callable[[int, int], None]]:
-        """Nothing."""
-        return nullcontext(lambda done, total: None)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
 from ctxext.errors import UsageError
+from ctxext.evaluation.arms import Arm
 from ctxext.evaluation.cells import Over
-from ctxext.evaluation.report import terminal_table
+from ctxext.evaluation.report import ReportFacts, terminal_table
 from ctxext.files import format_bytes
 from ctxext.pipeline.console import ConsoleReporter, duration
 from ctxext.pipeline.evaluate import FACTS_NAME, gather_evaluation, report_evaluation
@@ -28,17 +30,21 @@ def print_summary(console: Console, folder: Path) -> None:
     """Table of arms, conclusions, and where everything is."""
     run = RunFolder(folder)
     facts, arms = gather(run, run.recipe())
-    table, sentences = terminal_table(arms, facts)
     console.print()
-    console.print(table)
-    for sentence in sentences:
-        console.print(f"- {sentence}", markup=False)
+    _print_conclusions(console, facts, arms)
     total = sum(run.status()["stages"].values())
     peak = peak_memory_bytes()
     memory = f", peak memory {format_bytes(peak)}" if peak else ""
     console.print(f"\nTime: {duration(total)}{memory}", markup=False)
     console.print(f"Merged checkpoint: {run.merged}", markup=False, soft_wrap=True)
     console.print(f"Report: {run.report / 'index.html'}", markup=False, soft_wrap=True)
+
+
+def _print_conclusions(console: Console, facts: ReportFacts, arms: Sequence[Arm]) -> None:
+    table, sentences = terminal_table(arms, facts)
+    console.print(table)
+    for sentence in sentences:
+        console.print(f"- {sentence}", markup=False)
 
 
 def print_plan(reporter: ConsoleReporter, recipe: Recipe) -> None:
@@ -56,10 +62,7 @@ def print_evaluation(console: Console, folder: Path) -> None:
     if not (folder / FACTS_NAME).is_file():
         return
     facts, arms = gather_evaluation(folder)
-    table, sentences = terminal_table(arms, facts)
-    console.print(table)
-    for sentence in sentences:
-        console.print(f"- {sentence}", markup=False)
+    _print_conclusions(console, facts, arms)
     console.print(f"Report: {folder / 'report' / 'index.html'}", markup=False, soft_wrap=True)
 
 
@@ -87,14 +90,14 @@ def print_report(
 ) -> None:
     """Redraw the report of a run, a folder of `ctxext eval` or a baseline; record a run as a baseline when asked."""
     rows, run = rows_of(over), RunFolder(folder)
-    if (folder / "baseline.json").is_file():
-        derive_results(str(folder))
-        reporter.console.print(f"Redrawn: {report_baseline(folder)}", markup=False, soft_wrap=True)
-        return
-    if not (folder / FACTS_NAME).is_file():
+    is_baseline, is_evaluation = (folder / "baseline.json").is_file(), (folder / FACTS_NAME).is_file()
+    if not (is_baseline or is_evaluation):
         run.recipe()  # refuses what is no run, before anything is derived
     derive_results(str(folder))
-    if (folder / FACTS_NAME).is_file():
+    if is_baseline:
+        reporter.console.print(f"Redrawn: {report_baseline(folder)}", markup=False, soft_wrap=True)
+        return
+    if is_evaluation:
         if record is not None:
             raise UsageError("only a run can be recorded, not a single evaluation", where=str(folder))
         report_evaluation(folder, rows)
@@ -102,10 +105,7 @@ def print_report(
         return
     page = report_run(run, rows)
     facts, arms = gather(run, run.recipe())
-    table, sentences = terminal_table(arms, facts)
-    reporter.console.print(table)
-    for sentence in sentences:
-        reporter.console.print(f"- {sentence}", markup=False)
+    _print_conclusions(reporter.console, facts, arms)
     reporter.console.print(f"Report: {page}", markup=False, soft_wrap=True)
     if record is not None:
         reporter.console.print(

@@ -125,7 +125,7 @@ def trace_step(
         raise UnsupportedModelError(
             f"a training step of this model cannot be traced without values ({first_line(error)})",
             where=str(getattr(config, "model_type", "model")),
-            hint="The plan leaves the memory out; the probe step before training measures it.",
+            hint="The plan leaves the memory out.",
         ) from error
     peak = ledger.peak((_FORWARD, _BACKWARD, _UPDATE))
     return _sharded(_as_memory(peak), _gathered_bytes(model), sharding.weights)
