@@ -28,7 +28,7 @@ from ctxext.data.demand import Demand, demands_of
 from ctxext.data.segments import SegmentRecord, segment_path, segments_of, write_segment
 from ctxext.data.sources import read_part
 from ctxext.data.tokenize import Encoder, Progress
-from ctxext.errors import ArtefactError, ResourceError
+from ctxext.errors import ArtefactError, CtxextError, ResourceError
 from ctxext.files import remove_partials, require_free_space
 from ctxext.recipe.data import DataBlock
 
@@ -219,8 +219,8 @@ def _result(future: Future[PartResult]) -> PartResult:
             where="the token cache",
             hint="Use fewer processes; what was finished is kept.",
         ) from error
-    except (ArtefactError, ResourceError) as error:
-        # An exception that crosses processes is made anew from its sentence; this one has its fields again.
+    except CtxextError as error:
+        # An exception that crosses processes is made anew from its sentence, as if that were what failed.
         raise type(error)(
             error.what, where=error.where, got=error.got, expected=error.expected, hint=error.hint
         ) from error

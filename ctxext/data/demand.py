@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ctxext.recipe.data import DataBlock, SourceBlock
+from ctxext.recipe.data import DataBlock, LengthBlock, SourceBlock
 
 # Where long documents are wanted and rare, reading stops here; what was found is then read several times.
 _MOST_PASSES = 8
@@ -59,6 +59,11 @@ def wanted_tokens(sources: Sequence[SourceBlock], num_tokens: int) -> list[int]:
     return [int(num_tokens * source.weight / total_weight) + 1 for source in sources]
 
 
+def long_from_of(length: LengthBlock, window_tokens: int) -> int:
+    """Tokens from which a document counts as long: as the recipe says, or half a window."""
+    return length.long_from or -(-window_tokens // 2)
+
+
 def demands_of(data: DataBlock, num_tokens: int | None, window_tokens: int) -> list[Demand]:
     """What each source must give for `num_tokens` of training; everything when None.
 
@@ -68,7 +73,7 @@ def demands_of(data: DataBlock, num_tokens: int | None, window_tokens: int) -> l
     if num_tokens is None:
         return [Demand(None)] * len(data.sources)
     length = data.length
-    long_from = length.long_from or -(-window_tokens // 2)
+    long_from = long_from_of(length, window_tokens)
     demands = []
     for source, wanted in zip(data.sources, wanted_tokens(data.sources, num_tokens), strict=True):
         least = source.min_tokens or 0

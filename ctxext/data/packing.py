@@ -127,6 +127,10 @@ class WindowAssembler:
             starts.append(at)
         return WindowText(ids.tolist(), starts, learned.tolist() if learned is not None else None, 1, self.length - 1)
 
+    def rng(self, epoch: int, index: int) -> random.Random:
+        """The randomness of one window of an epoch (of a stream: of a block), whichever process builds it when."""
+        return random.Random(f"window/{self._data.seed}/{epoch}/{index}")
+
     def carries_facts(self, rng: random.Random) -> bool:
         """Whether the window that `rng` belongs to gets facts; the first thing that is drawn from it."""
         return self._data.facts is not None and rng.random() < self._data.facts.share
@@ -230,7 +234,6 @@ class WindowBuilder:
         pieces: PieceTable | None = None,
     ) -> None:
         self._documents = documents
-        self._seed = data.seed
         self._assembler = WindowAssembler(data, tokenizer, target_length)
         self.length = self._assembler.length
         pieces = pieces or Pieces.whole(documents.lengths)
@@ -250,7 +253,7 @@ class WindowBuilder:
         Raises:
             UsageError: the facts leave no room for text.
         """
-        return self._assembler.finish(self.text(index), self._rng(epoch, index))
+        return self._assembler.finish(self.text(index), self._assembler.rng(epoch, index))
 
     def text(self, index: int) -> WindowText:
         """The window's tokens before facts and positions."""
@@ -264,7 +267,9 @@ class WindowBuilder:
         chosen = windows_after(cursor, count, self.num_windows)
         costs = None
         if self._assembler.isolated:
-            costs = [self._assembler.cost(self.layout, index, self._rng(epoch, index)) for epoch, index in chosen]
+            costs = [
+                self._assembler.cost(self.layout, index, self._assembler.rng(epoch, index)) for epoch, index in chosen
+            ]
         return [self.build(*chosen[place]) for place in share_of(count, share, costs)]
 
     def stream_state(self) -> None:
@@ -272,6 +277,3 @@ class WindowBuilder:
 
     def restore(self, state: dict[str, Any] | None, num_consumed: int) -> None:
         """Nothing to restore, see `stream_state`."""
-
-    def _rng(self, epoch: int, index: int) -> random.Random:
-        return random.Random(f"window/{self._seed}/{epoch}/{index}")

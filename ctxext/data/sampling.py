@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ctxext.data.demand import long_from_of, wanted_tokens
 from ctxext.errors import ArtefactError, UsageError
 from ctxext.recipe.data import DataBlock, LengthBlock, SourceBlock
 
@@ -152,14 +153,12 @@ def choose_documents(
         UsageError: full-length windows would hold hardly any long document, see `data.length.allow_short`.
     """
     lengths, source_of = np.asarray(lengths, dtype=np.int64), np.asarray(source_of, dtype=np.int64)
-    long_from = data.length.long_from or -(-window_tokens // 2)
-    total_weight = sum(source.weight for source in data.sources)
+    long_from = long_from_of(data.length, window_tokens)
     chosen: list[_Pieces] = []
     left_out: list[LeftOut] = []
     notes: list[str] = []
-    for number, source in enumerate(data.sources):
+    for number, (source, wanted) in enumerate(zip(data.sources, wanted_tokens(data.sources, num_tokens), strict=True)):
         usable, unused = _usable(np.flatnonzero(source_of == number), lengths, source, number, excluded or {})
-        wanted = int(num_tokens * source.weight / total_weight) + 1
         if data.length.long_share is None and data.length.upsample is None:
             pieces, said = _first(usable, wanted), _ends_early(usable, wanted)
         else:

@@ -65,7 +65,7 @@ def source_parts(source: SourceBlock, seed: int, bad: BadRows | None = None) -> 
 
         return hub.dataset_parts(source, seed)
     if source.kind == "code":
-        return code.code_parts(builtin.shuffled(_folders(source.paths), seed), bad)
+        return code.code_parts(builtin.shuffled(_folders(source.paths), seed))
     endings = token_arrays.ENDINGS if source.kind == "tokens" else _TEXT_ENDINGS
     files = builtin.shuffled(paths.matching_files(source.paths, endings, bad), seed)
     return _unique(list(_file_parts(source, files)))
@@ -192,14 +192,15 @@ def _size(path: Path) -> int:
 
 
 def _folders(patterns: list[str]) -> list[Path]:
-    found = [path for pattern in patterns for path in paths.matching_paths(pattern)]
-    folders = [path for path in found if path.is_dir()]
+    folders: list[Path] = []
     for pattern in patterns:
-        if not any(path.is_dir() for path in paths.matching_paths(pattern)):
+        found = [path for path in paths.matching_paths(pattern) if path.is_dir()]
+        if not found:
             raise ArtefactError(
                 "not a folder; every folder of a code source becomes one document",
                 where=paths.WHERE,
                 got=pattern,
                 hint="Name the folder of a repository, or use kind: text for single files.",
             )
+        folders += found
     return list(dict.fromkeys(folders))

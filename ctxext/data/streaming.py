@@ -9,7 +9,6 @@ its own windows, so the number of processes changes nothing.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -170,6 +169,29 @@ class _Block:
     following: BlockStart
 
 
+def require_streamable(data: DataBlock) -> None:
+    """Refuse what needs the whole text before the first window.
+
+    Raises:
+        UsageError: length-aware sampling, or a comparison with the evaluation that could stop the run.
+    """
+    if data.length.long_share is not None or data.length.upsample is not None:
+        raise UsageError(
+            "length-aware sampling needs to know all documents, and a stream does not",
+            where="data.cache",
+            got=STREAMED,
+            hint="Leave data.cache out, so that the sources are tokenised to the disk first.",
+        )
+    if data.contamination != "report":
+        raise UsageError(
+            "a stream is not compared with the texts of the evaluation before it is trained on",
+            where="data.contamination",
+            got=data.contamination,
+            expected="report, with data.cache: none",
+            hint="Leave data.cache out, so that the sources are tokenised to the disk and compared first.",
+        )
+
+
 class StreamedWindows:
     """Windows in the order in which they are read; takes the place of a `WindowBuilder`.
 
@@ -178,21 +200,7 @@ class StreamedWindows:
     """
 
     def __init__(self, data: DataBlock, tokenizer: Any, target_length: int) -> None:
-        if data.length.long_share is not None or data.length.upsample is not None:
-            raise UsageError(
-                "length-aware sampling needs to know all documents, and a stream does not",
-                where="data.cache",
-                got=STREAMED,
-                hint="Leave data.cache out, so that the sources are tokenised to the disk first.",
-            )
-        if data.contamination != "report":
-            raise UsageError(
-                "a stream is not compared with the texts of the evaluation before it is trained on",
-                where="data.contamination",
-                got=data.contamination,
-                expected="report, with data.cache: none",
-                hint="Leave data.cache out, so that the sources are tokenised to the disk and compared first.",
-            )
+        require_streamable(data)
         self._data = data
         self._encoder = Encoder(tokenizer)
         self._assembler = WindowAssembler(data, tokenizer, target_length)
@@ -301,14 +309,11 @@ class StreamedWindows:
 
     def _build(self, block: _Block, index: int) -> PackedWindow:
         return self._assembler.finish(
-            self._assembler.text(block.documents, block.layout, index), self._rng(block.start.number, index)
+            self._assembler.text(block.documents, block.layout, index), self._assembler.rng(block.start.number, index)
         )
 
     def _cost(self, block: _Block, index: int) -> int:
-        return self._assembler.cost(block.layout, index, self._rng(block.start.number, index))
-
-    def _rng(self, block: int, index: int) -> random.Random:
-        return random.Random(f"window/{self._data.seed}/{block}/{index}")
+        return self._assembler.cost(block.layout, index, self._assembler.rng(block.start.number, index))
 
 
 def _sized(document: TokenDocument, source: SourceBlock) -> Iterator[TokenDocument]:

@@ -22,7 +22,7 @@ from ctxext.pipeline.data_picture import length_picture
 from ctxext.pipeline.data_statistics import DataStatistics, statistics_of
 from ctxext.pipeline.reporter import Reporter
 from ctxext.pipeline.training_data import TrainingData, prepare_training_data, window_tokens
-from ctxext.pipeline.window_view import WindowView, print_windows, view_window
+from ctxext.pipeline.window_view import WindowView, render_window, view_window
 from ctxext.planning.data_plan import source_words
 from ctxext.recipe.data import STREAMED
 from ctxext.recipe.schema import Recipe
@@ -165,8 +165,10 @@ def print_json(values: Any) -> str:
 
 
 def print_samples(console: Console, views: Iterable[WindowView], *, full: bool = False) -> None:
-    """Windows for the terminal."""
-    print_windows(console, list(views), full=full)
+    """Windows for the terminal, one below the other."""
+    for view in views:
+        console.print(render_window(view, full=full))
+        console.print()
 
 
 def _say(console: Console, what: str, text: str) -> None:

@@ -21,8 +21,9 @@ from ctxext.data.cache import TokenCache, folder_of
 from ctxext.data.cache_build import build_cache
 from ctxext.data.contamination import WORDING, ContaminationResult, Guard, fixed_parts
 from ctxext.data.sampling import Selection, choose_documents, target_advice
+from ctxext.data.streaming import require_streamable
 from ctxext.data.tokenize import separator_of
-from ctxext.errors import ArtefactError, UsageError
+from ctxext.errors import ArtefactError
 from ctxext.evaluation.haystack import NOISE, TextFiles, load_haystack
 from ctxext.evaluation.suite import Suite, load_suite
 from ctxext.evaluation.tasks.base import SPREAD_DEPTH, Draft, Task
@@ -166,14 +167,7 @@ def streamed_json(recipe: Recipe) -> dict[str, Any]:
     Raises:
         UsageError: the recipe asks for what needs the whole text.
     """
-    if recipe.data.contamination != "report":
-        raise UsageError(
-            "text that is streamed cannot be compared with the evaluation before it is read",
-            where="data.contamination",
-            got=recipe.data.contamination,
-            expected="report, with data.cache: none",
-            hint="Leave data.cache out, so that the sources are tokenised to the disk first.",
-        )
+    require_streamable(recipe.data)
     sentence = "contamination not checked: the text was read while training, without a cache"
     return {"contamination": {"found": False, "sentence": sentence}, "bad_rows": [], "notes": [sentence]}
 

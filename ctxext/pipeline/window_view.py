@@ -5,11 +5,10 @@ A window is cut into stretches: runs of tokens of one document, with consecutive
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.text import Text
 
 from ctxext.data.packing import PackedWindow
@@ -118,10 +117,3 @@ def _shortened(text: str) -> str:
         return text
     left_out = len(text) - 2 * _SHOWN_CHARACTERS
     return f"{text[:_SHOWN_CHARACTERS]}\n[... {left_out:,} characters ...]\n{text[-_SHOWN_CHARACTERS:]}"
-
-
-def print_windows(console: Console, views: Sequence[WindowView], *, full: bool = False) -> None:
-    """All windows, one below the other."""
-    for view in views:
-        console.print(render_window(view, full=full))
-        console.print()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ctxext.data.demand import long_from_of
 from ctxext.data.facts import PASSKEY_DIGITS
 from ctxext.evaluation.suite import Suite
 from ctxext.evaluation.tasks.needle import NeedleTask
@@ -39,7 +40,7 @@ def data_lines(data: DataBlock, window_tokens: int) -> list[str]:
 
 
 def _length_words(length: LengthBlock, window_tokens: int) -> str | None:
-    long_from = length.long_from or -(-window_tokens // 2)
+    long_from = long_from_of(length, window_tokens)
     if length.long_share is not None:
         return f"{length.long_share:.0%} of every source's tokens come from documents of {long_from:,} tokens or more"
     if length.upsample is not None:

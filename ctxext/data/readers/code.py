@@ -94,7 +94,7 @@ _GENERATED = re.compile(
 )
 
 
-def code_parts(folders: list[Path], bad: BadRows) -> list[Part]:
+def code_parts(folders: list[Path]) -> list[Part]:
     """One repository a part."""
     return [
         Part(f"{folder.resolve().name}#{number}", _fingerprint(folder), (str(folder),))
