@@ -35,7 +35,7 @@ from ctxext.model.cache import RewindableCache
 from ctxext.model.causal import supports_chunked, using_chunked
 from ctxext.model.loss import DecoderHead, token_losses
 from ctxext.model.placement import input_device
-from ctxext.rope.families import text_config
+from ctxext.rope.families import head_dim, text_config
 
 __all__ = ["Answer", "Answerer", "Work", "stop_ids"]
 
@@ -117,10 +117,7 @@ class Answerer:
 
     def identity(self) -> dict[str, Any]:
         """RoPE and precision."""
-        return {
-            "rope_parameters": getattr(text_config(self.model.config), "rope_parameters", None),
-            "dtype": str(self.model.dtype).removeprefix("torch."),
-        }
+        return model_identity(self.model)
 
     def answer(
         self,
@@ -366,8 +363,15 @@ def _power_of_two_up_to(number: int) -> int:
 def cache_bytes_a_token(config: Any, dtype: torch.dtype) -> int:
     """Keys and values of one token in all layers."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(2 * config.num_hidden_layers * heads * head_dim * dtype.itemsize)
+    return int(2 * config.num_hidden_layers * heads * head_dim(config) * dtype.itemsize)
+
+
+def model_identity(model: Any) -> dict[str, Any]:
+    """What determines a loaded model's answers besides its weights: RoPE and precision."""
+    return {
+        "rope_parameters": getattr(text_config(model.config), "rope_parameters", None),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
 
 
 def stop_ids(model: Any, tokenizer: Any) -> set[int]:

@@ -18,6 +18,8 @@ from ctxext.evaluation.store import SampleResult
 NEEDLE_TASK = "needle"
 CONTROL_TASK = "no_needle"
 NOISE = "noise"
+# Folders of a run that are not named like their arm.
+ARM_FOLDERS = {"base": "before", "extended": "after"}
 
 ArmName = str
 Keep = Callable[[SampleResult], bool]
@@ -86,6 +88,11 @@ class Arm:
         return [(s, theirs[s.prompt_sha256]) for s in self.scored if keep(s) and s.prompt_sha256 in theirs]
 
 
+def arm_of_folder(folder: str) -> ArmName:
+    """The arm whose samples lie in a folder of this name."""
+    return next((arm for arm, name in ARM_FOLDERS.items() if name == folder), folder)
+
+
 def without_controls(arm: Arm) -> Arm:
     """The arm without the samples that hold no needle."""
     controls = {task for task in arm.tasks if arm.is_control_task(task)}
@@ -123,8 +130,11 @@ def arms_by_origin(arms: Iterable[Arm]) -> list[dict[str, Arm]]:
 def compare_arms(first: Arm, second: Arm, keep: Keep = lambda sample: True) -> PairedComparison | None:
     """Two arms on the prompts that both answered; None when there is none."""
     pairs = first.pairs_with(second, keep)
-    if not pairs:
-        return None
+    return compare_pairs(pairs) if pairs else None
+
+
+def compare_pairs(pairs: Sequence[tuple[SampleResult, SampleResult]]) -> PairedComparison:
+    """Right answers of two arms to the same prompts, which form clusters by their text."""
     outcomes = [(mine.score >= 1.0, theirs.score >= 1.0) for mine, theirs in pairs]
     return compare_paired(outcomes, [cluster_of(mine) for mine, _ in pairs])
 

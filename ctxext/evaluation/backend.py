@@ -6,14 +6,17 @@ model in this process.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from itertools import groupby
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from ctxext.evaluation.prompt import Prompt
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -157,3 +160,10 @@ class Backend(Protocol):
 
     def identity(self) -> dict[str, Any]:
         """What determines the answers besides the weights; stored samples are reused only where it is the same."""
+
+
+def batches(backend: Backend, items: Sequence[T], length_of: Callable[[T], int]) -> Iterator[list[T]]:
+    """Neighbours whose prompts are equally long, in the given order, as many at a time as the backend takes."""
+    for length, group in groupby(items, key=length_of):
+        alike, size = list(group), backend.batch_size(length)
+        yield from (alike[start : start + size] for start in range(0, len(alike), size))

@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ctxext.evaluation.arms import Arm, tasks_of
-from ctxext.evaluation.clusters import cluster_of
-from ctxext.evaluation.statistics import MeanScore, mean_score
-from ctxext.evaluation.store import SampleResult
+from ctxext.evaluation.statistics import MeanScore
+from ctxext.evaluation.store import SampleResult, score_of
 
 Over = Literal["depth", "position", "task"]
 Place = float | str
@@ -85,7 +84,7 @@ def count(samples: Sequence[SampleResult]) -> CellCount:
         num_scored=len(scored),
         num_missing=len(samples) - len(scored),
         num_degenerate=sum(sample.degenerate is not None for sample in scored),
-        score=mean_score([s.score for s in scored], [cluster_of(s) for s in scored]) if scored else None,
+        score=score_of(scored),
         all_or_nothing=all(sample.score in (0.0, 1.0) for sample in scored),
         reasons=tuple(reason for reason, _ in reasons.most_common()),
     )

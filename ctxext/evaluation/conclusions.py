@@ -31,8 +31,7 @@ from ctxext.evaluation.effective_length import RULER_TASKS, holes, needle_effect
 from ctxext.evaluation.gains import before_after_statements, gain_statements, inside_statements, sharing_statements
 from ctxext.evaluation.statement import Statement, Verdict, origin
 from ctxext.evaluation.statistics import MeanDifference, Proportion, counted, paired_difference
-from ctxext.evaluation.store import SampleResult, by_length
-from ctxext.evaluation.tables import score_of
+from ctxext.evaluation.store import SampleResult, by_length, score_of
 from ctxext.evaluation.tail import TailNumber, tail_number
 
 __all__ = [

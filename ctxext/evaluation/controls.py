@@ -15,8 +15,7 @@ from ctxext.evaluation.arms import Arm, only_controls, without_controls
 from ctxext.evaluation.clusters import cluster_of
 from ctxext.evaluation.statement import Statement, origin, share_numbers
 from ctxext.evaluation.statistics import MeanScore, Proportion, clustered_wilson
-from ctxext.evaluation.store import SampleResult
-from ctxext.evaluation.tables import score_of
+from ctxext.evaluation.store import SampleResult, score_of
 
 ABILITY = 0.85
 

@@ -31,8 +31,7 @@ from ctxext.evaluation.heatmap import (
     render,
 )
 from ctxext.evaluation.statistics import MeanScore
-from ctxext.evaluation.store import SampleResult
-from ctxext.evaluation.tables import score_of
+from ctxext.evaluation.store import SampleResult, score_of
 
 # Colours of Okabe and Ito, told apart with every common kind of colour blindness; dash and marker repeat the message.
 _LINES: dict[str, tuple[Any, ...]] = {

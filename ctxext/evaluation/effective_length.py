@@ -13,14 +13,14 @@ recovery beyond the first failure does not count, and no length between two test
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from ctxext.errors import UsageError
 from ctxext.evaluation.clusters import cluster_of
 from ctxext.evaluation.statistics import MeanScore, mean_score, samples_for_lower_bound
-from ctxext.evaluation.store import SampleResult
+from ctxext.evaluation.store import SampleResult, score_of
 
 ABSOLUTE_THRESHOLD = 0.856
 RELATIVE_THRESHOLD = 0.85
@@ -88,10 +88,10 @@ def scores_by_length(samples: Iterable[SampleResult]) -> dict[int, MeanScore]:
     scored = [sample for sample in samples if sample.status == "ok"]
     if len({sample.task for sample in scored}) > 1:
         raise ValueError("an effective length is about one task")
-    groups = {length: [s for s in scored if s.length_tokens == length] for length in {s.length_tokens for s in scored}}
     return {
-        length: mean_score([s.score for s in members], [cluster_of(s) for s in members])
-        for length, members in sorted(groups.items())
+        length: score
+        for length in sorted({sample.length_tokens for sample in scored})
+        if (score := score_of(sample for sample in scored if sample.length_tokens == length))
     }
 
 
@@ -115,16 +115,7 @@ def effective_length(scores: Mapping[int, MeanScore], definition: Definition, by
     else:
         threshold = RELATIVE_THRESHOLD * short.value
         passed = [short.value > 0, *(_reaches(scores[n], short, by) for n in lengths[1:])]
-    num_passed = passed.index(False) if False in passed else len(lengths)
-    return EffectiveLength(
-        definition=definition,
-        by=by,
-        threshold=threshold,
-        tokens=lengths[num_passed - 1] if num_passed and short.value > 0 else None,
-        shortest_tokens=lengths[0],
-        longest_tokens=lengths[-1],
-        first_failed_tokens=lengths[num_passed] if num_passed < len(lengths) else None,
-    )
+    return _until_first_failure(lengths, passed, definition, by, threshold)
 
 
 def needle_effective_lengths(samples: Iterable[SampleResult]) -> list[EffectiveLength]:
@@ -209,16 +200,7 @@ def ruler_effective_length(task_means: Mapping[int, Mapping[str, float]]) -> Eff
     lengths = sorted(task_means)
     averages = [math.fsum(task_means[length][task] for task in RULER_TASKS) / len(RULER_TASKS) for length in lengths]
     passed = [average > ABSOLUTE_THRESHOLD for average in averages]
-    num_passed = passed.index(False) if False in passed else len(lengths)
-    return EffectiveLength(
-        definition="absolute",
-        by="estimate",
-        threshold=ABSOLUTE_THRESHOLD,
-        tokens=lengths[num_passed - 1] if num_passed else None,
-        shortest_tokens=lengths[0],
-        longest_tokens=lengths[-1],
-        first_failed_tokens=lengths[num_passed] if num_passed < len(lengths) else None,
-    )
+    return _until_first_failure(lengths, passed, "absolute", "estimate", ABSOLUTE_THRESHOLD)
 
 
 def independent_samples(places: Iterable[tuple[int, str]]) -> dict[int, int]:
@@ -227,6 +209,22 @@ def independent_samples(places: Iterable[tuple[int, str]]) -> dict[int, int]:
     for length, haystack in places:
         seen.setdefault(length, set()).add(haystack)
     return {length: len(haystacks) for length, haystacks in sorted(seen.items())}
+
+
+def _until_first_failure(
+    lengths: Sequence[int], passed: Sequence[bool], definition: Definition, by: By, threshold: float
+) -> EffectiveLength:
+    """A length that passes beyond the first failure does not count; `lengths` ascend."""
+    num_passed = passed.index(False) if False in passed else len(lengths)
+    return EffectiveLength(
+        definition=definition,
+        by=by,
+        threshold=threshold,
+        tokens=lengths[num_passed - 1] if num_passed else None,
+        shortest_tokens=lengths[0],
+        longest_tokens=lengths[-1],
+        first_failed_tokens=lengths[num_passed] if num_passed < len(lengths) else None,
+    )
 
 
 def _reaches(score: MeanScore, short: MeanScore, by: By) -> bool:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ctxext.data.boundaries import encode_plain
-from ctxext.evaluation.backend import Answer, Backend, NoAnswerError, SelfCheck, Work, is_out_of_memory
+from ctxext.evaluation.backend import Answer, Backend, NoAnswerError, SelfCheck, Work, batches, is_out_of_memory
 from ctxext.evaluation.prompt import Prompt, hash_ids
 from ctxext.evaluation.results import write_results
 from ctxext.evaluation.scoring import degenerate_kind, final_answer, score_all
@@ -105,7 +105,7 @@ def evaluate_samples(
             if on_sample is not None:
                 on_sample(store.results[sample_id])
 
-    plan = processes.from_main(lambda: _plan(backend, builder, suite, samples))
+    plan = processes.from_main(lambda: _plan(backend, builder, samples))
     units, limits = _share(plan, store, processes), _Limits()
     sharing_here = any(unit[0].sample_id in plan.sharing for unit in units)
     check: SelfCheck | None = None
@@ -180,7 +180,7 @@ def _share(plan: _Plan, store: SampleStore, processes: Processes) -> list[list[S
     return [unit for unit, index in zip(plan.units, owner, strict=True) if index == processes.index]
 
 
-def _plan(backend: Backend, builder: Builder, suite: Suite, samples: list[Sample]) -> _Plan:
+def _plan(backend: Backend, builder: Builder, samples: list[Sample]) -> _Plan:
     """Group samples by the first tokens of their prompts; prompts are built again when their turn comes."""
     groups: dict[tuple[str, int], list[Sample]] = {}
     longest = 0
@@ -201,20 +201,13 @@ def _plan(backend: Backend, builder: Builder, suite: Suite, samples: list[Sample
     units: list[list[Sample]] = []
     for shares, neighbours in groupby(samples, key=lambda sample: sample.sample_id in trunks):
         if not shares:
-            units += _batches(backend, list(neighbours))
+            units += batches(backend, list(neighbours), lambda sample: sample.cell.length_tokens)
             continue
         for sample in neighbours:
             group = trunks[sample.sample_id]
             if sample is group[0]:
                 units.append(group)
     return _Plan(units, set(trunks), reason)
-
-
-def _batches(backend: Backend, samples: list[Sample]) -> Iterator[list[Sample]]:
-    """Neighbours of equal length, in the given order, as many at a time as the backend takes."""
-    for length, group in groupby(samples, key=lambda sample: sample.cell.length_tokens):
-        alike, size = list(group), backend.batch_size(length)
-        yield from (alike[start : start + size] for start in range(0, len(alike), size))
 
 
 def _answered_unit(

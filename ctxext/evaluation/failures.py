@@ -48,7 +48,13 @@ def _number_kind(answer: str, expected: Sequence[str]) -> str:
 def wrong_examples(arm: Arm, count: int = 5) -> list[SampleResult]:
     """The worst wrong answers: on the shortest prompts first, since those should be easiest, degenerate ones before."""
     wrong = [sample for sample in without_controls(arm).scored if sample.score < 1.0]
-    return sorted(wrong, key=lambda s: (s.length_tokens, s.degenerate is None, s.score, s.depth, s.index))[:count]
+    return sorted(wrong, key=worst_first)[:count]
+
+
+def worst_first(sample: SampleResult) -> tuple[int, bool, float, float, int]:
+    """Sorts wrong answers: those to the shortest prompts, which should be easiest, come first, degenerate ones before
+    others."""
+    return sample.length_tokens, sample.degenerate is None, sample.score, sample.depth, sample.index
 
 
 def failure_counts(arm: Arm) -> dict[str, int]:

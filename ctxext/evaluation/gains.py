@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from ctxext.evaluation.arms import Arm, Keep
-from ctxext.evaluation.clusters import cluster_of, is_noise
+from ctxext.evaluation.arms import Arm, Keep, compare_pairs
+from ctxext.evaluation.clusters import is_noise
 from ctxext.evaluation.statement import Statement, listed, origin, share_numbers
-from ctxext.evaluation.statistics import FEWEST_UNITS, PairedComparison, compare_paired, counted, holm
+from ctxext.evaluation.statistics import FEWEST_UNITS, PairedComparison, counted, holm
 
 _MAX_NAMED_TASKS = 4
 NO_CLAIM = "No claim of context extension is made"
@@ -136,9 +136,7 @@ def evidence(first: Arm, second: Arm, keep: Keep) -> Evidence | None:
     pairs = first.pairs_with(second, keep)
     if not pairs:
         return None
-    clusters = [cluster_of(mine) for mine, _ in pairs]
-    outcomes = [(mine.score >= 1.0, theirs.score >= 1.0) for mine, theirs in pairs]
-    comparison = compare_paired(outcomes, clusters)
+    comparison = compare_pairs(pairs)
     asked = [{s.prompt_sha256 for s in arm.samples if keep(s)} for arm in (first, second)]
     shared = asked[0] & asked[1]
     return Evidence(
@@ -147,7 +145,7 @@ def evidence(first: Arm, second: Arm, keep: Keep) -> Evidence | None:
         lengths=sorted({mine.length_tokens for mine, _ in pairs}),
         tasks=sorted({mine.task for mine, _ in pairs}),
         comparison=comparison,
-        num_clusters=len(set(clusters)),
+        num_clusters=comparison.num_units,
         num_asked=len(asked[0] | asked[1]),
         num_shared=len(shared),
         num_left_out=len(shared) - len(pairs),

@@ -33,11 +33,11 @@ from ctxext.errors import (
     did_you_mean,
     first_line,
 )
+from ctxext.evaluation.answerer import model_identity
 from ctxext.evaluation.backend import is_out_of_memory
 from ctxext.evaluation.heatmap import Picture, drawing_style, render
 from ctxext.evaluation.statistics import counted, mean_score
 from ctxext.files import fingerprint, read_json, write_bytes_atomic, write_json_atomic
-from ctxext.rope.families import text_config
 from ctxext.rope.verify import verify_positions
 
 RESULTS_NAME = "harness-results.json"
@@ -184,34 +184,38 @@ def evaluate_harness(
         identity = fingerprint(
             {
                 "weights": weights,
-                "rope_parameters": getattr(text_config(model.config), "rope_parameters", None),
-                "dtype": str(model.dtype).removeprefix("torch."),
+                **model_identity(model),
                 **{"lm_eval": version, "lengths": list(lengths or ()), "limit": limit, "reach": reach},
                 "apply_chat_template": apply_chat_template,
             }
         )
         runner = _runner(model, tokenizer, manager, reach, limit, batch_size, apply_chat_template)
         for task, name in names.items():
-            stored = folder / "harness" / f"{re.sub(r'[^A-Za-z0-9._-]', '_', name)}.json"
+            stored = _stored_at(folder, name)
             if stored.is_file() and read_json(stored).get("identity_hash") == identity:
                 inform(f"{name}: stored already")
                 continue
             inform(f"{name}: asked through lm-evaluation-harness {version}")
             _store(stored, identity, runner(task, name), tokenizer, reach)
             check_stop()
-    return summarise(folder, [re.sub(r"[^A-Za-z0-9._-]", "_", name) for name in names.values()], version)
+    return summarise(folder, list(names.values()), version)
 
 
-def summarise(folder: Path, stems: Sequence[str], version: str) -> HarnessSummary:
+def _stored_at(folder: Path, name: str) -> Path:
+    """Where a task's results lie."""
+    return folder / "harness" / f"{re.sub(r'[^A-Za-z0-9._-]', '_', name)}.json"
+
+
+def summarise(folder: Path, names: Sequence[str], version: str) -> HarnessSummary:
     """Derive `harness-results.json`, the summary and the picture from the stored tasks.
 
     Args:
-        stems: names of the files of the tasks.
+        names: of the tasks.
     """
     merged: dict[str, Any] = {}
     scores: list[HarnessScore] = []
-    for stem in stems:
-        stored = read_json(folder / "harness" / f"{stem}.json")
+    for name in names:
+        stored = read_json(_stored_at(folder, name))
         for key, value in stored["results"].items():
             if key in _BY_TASK and isinstance(value, dict):
                 merged.setdefault(key, {}).update(value)

@@ -27,8 +27,8 @@ from ctxext.evaluation.gains import Evidence
 from ctxext.evaluation.heatmap import COLOR_MAP, RECORDED_MARK, Picture, ink_on
 from ctxext.evaluation.statement import Statement
 from ctxext.evaluation.statistics import MeanScore
-from ctxext.evaluation.store import SampleResult
-from ctxext.evaluation.tables import cells_of, score_of
+from ctxext.evaluation.store import SampleResult, score_of
+from ctxext.evaluation.tables import cells_of
 
 ANSWER_CHARACTERS = 300
 EXCERPT_CHARACTERS = 900

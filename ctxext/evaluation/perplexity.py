@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from ctxext.data.boundaries import encode_plain, leading_marker
 from ctxext.errors import ArtefactError, UsageError
-from ctxext.evaluation.backend import Backend, NoAnswerError, is_out_of_memory
+from ctxext.evaluation.backend import Backend, NoAnswerError, batches, is_out_of_memory
 from ctxext.evaluation.grid import RelativeLength
 from ctxext.evaluation.haystack import HaystackReader, load_haystack
 from ctxext.evaluation.prompt import hash_ids
@@ -134,12 +133,12 @@ class PerplexityDifference:
     @property
     def increase(self) -> float:
         """Relative increase of the perplexity, 0.02 for 2%."""
-        return math.expm1(self.difference.mean)
+        return relative_increase(self.difference.mean)
 
     @property
     def increase_95(self) -> tuple[float, float]:
         """Both ends of its 95% interval; -1 and infinity for a single text."""
-        return _grown(self.difference.low), _grown(self.difference.high)
+        return relative_increase(self.difference.low), relative_increase(self.difference.high)
 
     def sentence(self, first: str, second: str) -> str:
         """One sentence, with a verdict."""
@@ -242,7 +241,7 @@ def text_losses(
         NoAnswerError: the backend refuses a window.
     """
     marker, pieces = list(ids[:num_marker]), []
-    for batch in _batches(backend, windows, num_marker):
+    for batch in batches(backend, windows, lambda window: num_marker + window.end - window.start):
         prompts = [[*marker, *ids[window.start : window.end]] for window in batch]
         for window, losses in zip(batch, _answered(backend, prompts), strict=True):
             if not len(losses):
@@ -257,13 +256,6 @@ def text_losses(
             hint="The weights are damaged, or the precision is too low for this model: try --dtype float32.",
         )
     return joined
-
-
-def _batches(backend: Backend, windows: Sequence[Window], num_marker: int) -> Iterator[list[Window]]:
-    """Neighbours of equal width, as many at a time as the backend takes."""
-    for width, group in groupby(windows, key=lambda window: window.end - window.start):
-        alike, size = list(group), backend.batch_size(width + num_marker)
-        yield from (alike[start : start + size] for start in range(0, len(alike), size))
 
 
 def _answered(backend: Backend, prompts: list[list[int]]) -> list[Tensor]:
@@ -301,6 +293,11 @@ def longest_positions(suite: Suite, original_length: int, target_length: int) ->
         window, length = _tokens_of(block, original_length, target_length)
         used.append(length if window is None else min(window, length))
     return max(used, default=0)
+
+
+def relative_increase(difference: float) -> float:
+    """Relative increase of a perplexity (0.02 for 2%) whose loss is higher by so many nats."""
+    return math.inf if difference > _LARGEST_LOSS else math.expm1(difference)
 
 
 def measure_perplexity(
@@ -532,7 +529,3 @@ def _text_loss(stored: dict[str, Any]) -> TextLoss:
 
 def _perplexity(loss: float) -> float:
     return round(math.exp(min(loss, _LARGEST_LOSS)), 6)
-
-
-def _grown(difference: float) -> float:
-    return math.inf if difference > _LARGEST_LOSS else math.expm1(difference)

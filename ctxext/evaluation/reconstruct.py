@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ctxext.errors import ArtefactError, CtxextError, UsageError
+from ctxext.evaluation.failures import worst_first
 from ctxext.evaluation.haystack import load_haystack
 from ctxext.evaluation.prompt import Prompt, prompt_identity
 from ctxext.evaluation.store import SampleResult
@@ -51,7 +52,7 @@ def find_sample(samples: Sequence[SampleResult], wanted: str) -> SampleResult:
         if not scored:
             raise UsageError("no sample has a score", where="SAMPLE", got=wanted)
         wrong = [sample for sample in scored if sample.score < 1.0] or scored
-        return min(wrong, key=lambda s: (s.length_tokens, s.degenerate is None, s.score, s.depth, s.index))
+        return min(wrong, key=worst_first)
     exact = [sample for sample in samples if sample.sample_id == wanted]
     found = exact or [sample for sample in samples if wanted in sample.sample_id]
     if len(found) == 1:

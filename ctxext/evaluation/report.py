@@ -45,9 +45,9 @@ from ctxext.evaluation.page import (
     task_view,
 )
 from ctxext.evaluation.statistics import MeanScore, Proportion
-from ctxext.evaluation.store import SampleResult
-from ctxext.evaluation.suite import Suite
-from ctxext.evaluation.tables import cells_table, score_of
+from ctxext.evaluation.store import SampleResult, score_of
+from ctxext.evaluation.suite import stored_suite
+from ctxext.evaluation.tables import cells_table
 from ctxext.files import canonical_json, write_bytes_atomic, write_json_atomic, write_text_atomic
 
 _INTERVALS = "Intervals are Wilson 95% intervals."
@@ -99,10 +99,9 @@ class ReportFacts:
     def answer_tokens(self) -> int:
         """Room for the longest answer of the suite's tasks, which belongs to the measured length."""
         try:
-            suite = Suite.model_validate({key: value for key, value in self.suite.items() if key != "name"})
+            return stored_suite(self.suite).num_answer_tokens
         except ValidationError:  # a suite of another version of ctxext
             return int(self.suite.get("max_new_tokens") or 0)
-        return suite.num_answer_tokens
 
 
 def write_report(

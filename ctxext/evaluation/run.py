@@ -29,14 +29,9 @@ class EvaluationReporter(Protocol):
         """One line for people."""
 
 
-def suite_identity(suite: Suite) -> dict[str, Any]:
-    """What of a suite determines the answers. The grid does not: a wider grid reuses the samples it shares."""
-    return prompt_identity(suite)
-
-
 def evaluation_identity(suite: Suite, backend: Backend, weights: dict[str, Any]) -> dict[str, Any]:
     """What determines the answers: the suite's prompts, the weights, the positions."""
-    return {"weights": weights, **backend.identity(), **suite_identity(suite)}
+    return {"weights": weights, **backend.identity(), **prompt_identity(suite)}
 
 
 def evaluate_arm(

@@ -9,6 +9,7 @@ from transformers import GenerationConfig
 
 from ctxext.evaluation.backend import Answer, SelfCheck, is_out_of_memory
 from ctxext.evaluation.prompt import Prompt
+from ctxext.evaluation.trunk import common_prefix
 from ctxext.model.load import quiet
 from ctxext.model.placement import input_device
 
@@ -36,9 +37,9 @@ def self_check(answerer: Answerer, prompt: Prompt, answer: Answer | None = None)
         return SelfCheck(sample_id, "not run", "plain generate needs more memory than there is")
     if found.ids == plain:
         return SelfCheck(sample_id, "identical", num_tokens=len(plain))
-    place = next((i for i, (a, b) in enumerate(zip(found.ids, plain, strict=False)) if a != b), None)
-    if place is None:  # one is the beginning of the other: they disagree about where to stop, which is no tie
-        return SelfCheck(sample_id, "different", "", len(plain), min(len(plain), len(found.ids)), float("nan"))
+    place = common_prefix(found.ids, plain)
+    if place in (len(found.ids), len(plain)):  # they disagree about where to stop, which is no tie
+        return SelfCheck(sample_id, "different", "", len(plain), place, float("nan"))
     scores = logits[place].float()
     margin = float(scores[plain[place]] - scores[found.ids[place]])
     noise = max(_TIE_FLOAT32, _TIE_EPS * torch.finfo(logits[place].dtype).eps * float(scores.abs().max()))

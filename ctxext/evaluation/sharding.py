@@ -10,7 +10,8 @@ from __future__ import annotations
 import heapq
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
@@ -56,15 +57,14 @@ class Processes:
         """
         if self.count == 1:
             return
-        try:
+        with _while_all_live():
             barrier = dist.barrier(group=_talk(), async_op=True)
-            while not barrier.is_completed():
-                if meanwhile is not None:
-                    meanwhile()
-                time.sleep(_POLL_SECONDS)
+        while not barrier.is_completed():
+            if meanwhile is not None:
+                meanwhile()
+            time.sleep(_POLL_SECONDS)
+        with _while_all_live():
             barrier.wait()
-        except RuntimeError as error:
-            raise _lost() from error
 
     def from_main(self, make: Callable[[], T]) -> T:
         """What `make` returns in the main process, in all of them.
@@ -75,10 +75,8 @@ class Processes:
         if self.count == 1:
             return make()
         box: list[Any] = [make() if self.is_main else None]
-        try:
+        with _while_all_live():
             dist.broadcast_object_list(box, src=0, group=_talk())
-        except RuntimeError as error:
-            raise _lost() from error
         found: T = box[0]
         return found
 
@@ -91,10 +89,8 @@ class Processes:
         if self.count == 1:
             return [value]
         box: list[Any] = [None] * self.count
-        try:
+        with _while_all_live():
             dist.all_gather_object(box, value, group=_talk())
-        except RuntimeError as error:
-            raise _lost() from error
         return box
 
 
@@ -161,9 +157,14 @@ def _talk() -> Any:
     return dist.new_group(backend="gloo", timeout=_PATIENCE)
 
 
-def _lost() -> ResourceError:
-    return ResourceError(
-        "another process of the evaluation ended before its share was done",
-        hint="Its own message says why. Finished samples are saved; the same command goes on, with any number of "
-        "processes.",
-    )
+@contextmanager
+def _while_all_live() -> Iterator[None]:
+    """Around talk with the other processes and nothing else: what fails there is that one of them is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ResourceError(
+            "another process of the evaluation ended before its share was done",
+            hint="Its own message says why. Finished samples are saved; the same command goes on, with any number of "
+            "processes.",
+        ) from error

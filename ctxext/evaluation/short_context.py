@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from ctxext.evaluation.arms import Arm, compare_arms, mean_loss
 from ctxext.evaluation.clusters import cluster_of
-from ctxext.evaluation.perplexity import PerplexityDifference, PerplexityResult, compare_perplexity
+from ctxext.evaluation.perplexity import PerplexityDifference, PerplexityResult, compare_perplexity, relative_increase
 from ctxext.evaluation.statistics import MeanDifference, PairedComparison, counted, paired_difference
 from ctxext.evaluation.store import SampleResult
 
@@ -34,12 +34,12 @@ class ShortContextCost:
     @property
     def perplexity_increase(self) -> float:
         """Relative increase of the perplexity, 0.02 for 2%."""
-        return math.expm1(self.difference.mean)
+        return relative_increase(self.difference.mean)
 
     @property
     def perplexity_bound(self) -> float:
         """Upper end of the 95% interval of the relative increase; infinite for a single prompt."""
-        return math.inf if math.isinf(self.difference.high) else math.expm1(self.difference.high)
+        return relative_increase(self.difference.high)
 
     @property
     def loss_bound(self) -> float:

@@ -8,7 +8,7 @@ is set aside by whoever goes on writing; who only reads skips it, and changes no
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,7 +19,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from ctxext.errors import ArtefactError
 from ctxext.evaluation.clusters import cluster_of
 from ctxext.evaluation.scoring import METRICS
-from ctxext.evaluation.statistics import Proportion, clustered_wilson
+from ctxext.evaluation.statistics import MeanScore, Proportion, clustered_wilson, mean_score
 from ctxext.evaluation.suite import Cell
 from ctxext.files import append_json_line, fingerprint, read_json, write_bytes_atomic, write_json_atomic
 
@@ -327,6 +327,12 @@ def by_length(samples: list[SampleResult]) -> dict[int, Proportion]:
         if scored:
             pooled[length] = _share_right(scored)
     return pooled
+
+
+def score_of(samples: Iterable[SampleResult]) -> MeanScore | None:
+    """Mean score of the samples that have one, clustered by haystack."""
+    scored = [sample for sample in samples if sample.status == "ok"]
+    return mean_score([s.score for s in scored], [cluster_of(s) for s in scored]) if scored else None
 
 
 def _cell_result(cell: Cell, members: list[SampleResult]) -> CellResult:

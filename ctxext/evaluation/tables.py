@@ -15,10 +15,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ctxext.evaluation.arms import Arm, Coverage
-from ctxext.evaluation.clusters import cluster_of
 from ctxext.evaluation.effective_length import needle_effective_lengths
-from ctxext.evaluation.statistics import MeanScore, mean_score
-from ctxext.evaluation.store import SampleResult
+from ctxext.evaluation.statistics import MeanScore
+from ctxext.evaluation.store import SampleResult, score_of
 from ctxext.evaluation.suite import Cell
 from ctxext.evaluation.tail import TailNumber, tail_number
 
@@ -74,12 +73,6 @@ def cells_of(samples: Iterable[SampleResult]) -> list[tuple[Cell, list[SampleRes
     for sample in samples:
         groups.setdefault(sample.cell, []).append(sample)
     return sorted(groups.items(), key=lambda group: group[0])
-
-
-def score_of(samples: Iterable[SampleResult]) -> MeanScore | None:
-    """Mean score of the samples that have one, clustered by haystack."""
-    scored = [sample for sample in samples if sample.status == "ok"]
-    return mean_score([s.score for s in scored], [cluster_of(s) for s in scored]) if scored else None
 
 
 def cells_table(arms: Sequence[Arm], coverage: Coverage | None = None) -> str:

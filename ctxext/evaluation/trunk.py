@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ctxext.model.cache import RewindableCache
-from ctxext.rope.families import text_config
+from ctxext.rope.families import rope_groups, text_config
 
 
 def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
@@ -107,8 +107,5 @@ def switching_length(config: Any) -> int | None:
 
 
 def _rope_parameters(config: Any) -> list[dict[str, Any]]:
-    """Every RoPE of a config: one, or one a layer type."""
-    found = getattr(text_config(config), "rope_parameters", None) or {}
-    if "rope_type" in found or not isinstance(found, dict):
-        return [found]
-    return [value for value in found.values() if isinstance(value, dict)]
+    """Every RoPE of a config: one, or one a layer type; none without rotary positions."""
+    return list(rope_groups(config).values()) if getattr(text_config(config), "rope_parameters", None) else []

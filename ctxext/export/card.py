@@ -23,7 +23,7 @@ from gguf import GGUFReader
 from huggingface_hub import EvalResult, ModelCardData, hf_hub_download, metadata_load
 
 from ctxext.errors import ArtefactError, CtxextError
-from ctxext.evaluation.arms import CONTROL_TASK
+from ctxext.evaluation.arms import ARM_FOLDERS, CONTROL_TASK
 from ctxext.evaluation.cells import length_label
 from ctxext.export.markdown import Markdown, code, escape, fenced
 from ctxext.files import (
@@ -46,7 +46,6 @@ PICTURES = "heatmap-*.png"
 # What was read in training, in the run folder.
 DATA_NAME = "data.json"
 
-_ARM_FOLDERS = {"base": "before", "extended": "after"}
 _ARM_ORDER = ("base", "extended", "control", "untrained")
 _HUB = "https://huggingface.co"
 _OWN_LICENCE = "apache-2.0"
@@ -230,7 +229,7 @@ def _summary(run_folder: Path, provenance: Mapping[str, Any]) -> dict[str, Any]:
             expected=str(provenance.get("plan_id")),
         )
     for row in _live_rows(summary):
-        results = run_folder / "eval" / _ARM_FOLDERS.get(row["arm"], row["arm"]) / "results.json"
+        results = run_folder / "eval" / ARM_FOLDERS.get(row["arm"], row["arm"]) / "results.json"
         shown = {length: (share["num_right"], share["num_samples"]) for length, share in row["lengths"].items()}
         if _counts(read_json(results)) != shown:
             raise ArtefactError("the report is older than the samples", where=str(results), hint=redo)

@@ -19,20 +19,18 @@ from rich.markup import escape
 from rich.table import Table
 
 from ctxext.errors import ArtefactError, CtxextError, UsageError
-from ctxext.evaluation.arms import Arm, Coverage, compare_arms, coverage_of, without_controls
+from ctxext.evaluation.arms import Arm, Coverage, arm_of_folder, compare_arms, coverage_of, without_controls
 from ctxext.evaluation.cells import Over, length_label
 from ctxext.evaluation.curves import accuracy_by_length
 from ctxext.evaluation.heatmap import heatmap
 from ctxext.evaluation.statistics import MeanScore, PairedComparison, counted, holm
-from ctxext.evaluation.store import SampleResult, load_samples
-from ctxext.evaluation.tables import score_of
+from ctxext.evaluation.store import SampleResult, load_samples, score_of
 from ctxext.files import read_json, write_bytes_atomic, write_json_atomic, write_text_atomic
-from ctxext.pipeline.evaluate import FACTS_NAME, gather_evaluation
+from ctxext.pipeline.evaluate import gather_evaluation
 from ctxext.pipeline.report import arms_of_run, recorded_arms
-from ctxext.pipeline.run_folder import RunFolder
+from ctxext.pipeline.run_folder import FACTS_NAME, RunFolder
 
 _MAX_COLUMNS = 6
-_ARM_OF_FOLDER = {"before": "base", "after": "extended"}
 
 
 @dataclass(frozen=True)
@@ -332,7 +330,7 @@ def _arms_in(path: Path) -> tuple[list[Arm], tuple[int | None, int | None]]:
 
 
 def _arm(folder: Path, *, recorded: bool) -> Arm:
-    name: Any = _ARM_OF_FOLDER.get(folder.name, folder.name)
+    name = arm_of_folder(folder.name)
     header = folder / "run.json"
     run = read_json(header) if header.is_file() else {}
     return Arm(name, name, recorded=recorded, samples=load_samples(folder), run=run)

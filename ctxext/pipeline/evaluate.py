@@ -28,13 +28,11 @@ from ctxext.pipeline.excerpts import read_excerpts, write_excerpts
 from ctxext.pipeline.gates import enforce_gates
 from ctxext.pipeline.report import self_check_notes, stored_perplexity
 from ctxext.pipeline.reporter import Reporter
-from ctxext.pipeline.run_folder import environment_facts
+from ctxext.pipeline.run_folder import FACTS_NAME, environment_facts
 from ctxext.recipe.gates import GatesBlock
 from ctxext.recipe.load import Document, apply_overrides, validate_document
 from ctxext.rope.verify import verify_positions
 from ctxext.train.signals import StopRequest
-
-FACTS_NAME = "evaluation.json"
 
 
 def evaluate_models(request: EvaluationRequest, reporter: Reporter) -> Path:

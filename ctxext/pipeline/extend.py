@@ -23,7 +23,8 @@ from ctxext.data.windows import TrainingWindows
 from ctxext.errors import CtxextError, InterruptedRunError, exit_code_of
 from ctxext.evaluation.answerer import Answerer
 from ctxext.evaluation.perplexity import load_perplexity
-from ctxext.evaluation.run import evaluate_arm, suite_identity
+from ctxext.evaluation.prompt import prompt_identity
+from ctxext.evaluation.run import evaluate_arm
 from ctxext.evaluation.sharding import this_launch
 from ctxext.evaluation.store import load_samples
 from ctxext.evaluation.suite import resolve_samples, stored_suite
@@ -250,7 +251,7 @@ def _all_samples_stored(job: _Job, arm: str) -> bool:
     if not (folder / "run.json").is_file():
         return False
     identity = read_json(folder / "run.json").get("identity", {})
-    if any(identity.get(key) != value for key, value in suite_identity(suite).items()):
+    if any(identity.get(key) != value for key, value in prompt_identity(suite).items()):
         return False  # samples of another suite, which opening the store will refuse by name
     stored = {sample.sample_id for sample in load_samples(folder) if sample.status == "ok"}
     wanted = resolve_samples(suite, job.plan.original_length, job.plan.target_length)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ctxext.errors import ArtefactError, UsageError
+from ctxext.evaluation.arms import ARM_FOLDERS
 from ctxext.files import read_json, remove_partials, write_json_atomic, write_text_atomic
 from ctxext.recipe.load import parse_document, to_yaml, validate_document
 from ctxext.recipe.schema import Recipe
@@ -25,6 +26,9 @@ _PACKAGES = (
     "tokenizers",
     "safetensors",
 )
+
+# In a folder of `ctxext eval`: what its report says besides the samples.
+FACTS_NAME = "evaluation.json"
 
 
 class RunFolder:
@@ -55,7 +59,7 @@ class RunFolder:
 
     def evaluation(self, arm: str) -> Path:
         """Samples of one arm; the design's names `before` and `after` for base and extended."""
-        return self.path / "eval" / {"base": "before", "extended": "after"}.get(arm, arm)
+        return self.path / "eval" / ARM_FOLDERS.get(arm, arm)
 
     def open(self, recipe: Recipe, plan: dict[str, Any], environment: dict[str, Any]) -> bool:
         """Create the folder or recognise an interrupted run of the same plan; true when resuming.

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ctxext.errors import ArtefactError, CtxextError, UsageError, unknown_name
+from ctxext.evaluation.arms import arm_of_folder
 from ctxext.evaluation.prompt import suite_builder
 from ctxext.evaluation.reconstruct import Builder, describe, find_sample, printable, reconstruct
 from ctxext.evaluation.rescore import rescore_folder
@@ -24,9 +25,8 @@ from ctxext.evaluation.validate import Expectations, Problem, validate_folder
 from ctxext.files import read_json
 from ctxext.model.load import load_tokenizer, resolve_source
 from ctxext.pipeline.baselines import baseline_folder
+from ctxext.pipeline.run_folder import FACTS_NAME
 
-_FACTS_NAME = "evaluation.json"
-_ARM_OF_FOLDER = {"before": "base", "after": "extended"}
 _MOST_SHOWN = 40
 
 
@@ -304,7 +304,7 @@ def _arms_below(folder: Path, known: _Origin, deep: int) -> Iterator[StoredArm]:
 def _arm(folder: Path, known: _Origin) -> StoredArm:
     header = folder / RUN_NAME
     run = _read(header) if header.is_file() else {}
-    name = _ARM_OF_FOLDER.get(folder.name, folder.name)
+    name = arm_of_folder(folder.name)
     if "ruler_files" in run:
         lines = [line_samples(f["task"], f["length_tokens"], f["num_samples"]) for f in run["ruler_files"]]
         return StoredArm(name, folder, run, None, [sample for file in lines for sample in file])
@@ -322,8 +322,8 @@ def _arm(folder: Path, known: _Origin) -> StoredArm:
 
 def _origin(folder: Path) -> _Origin | None:
     """What the files of `ctxext eval`, of a run or of a baseline say; None where there are none."""
-    if (folder / _FACTS_NAME).is_file():
-        facts = _read(folder / _FACTS_NAME)
+    if (folder / FACTS_NAME).is_file():
+        facts = _read(folder / FACTS_NAME)
         ids = facts.get("samples")
         return _Origin(
             facts["suite"], facts["original_length"], facts["target_length"], frozenset(ids) if ids else None

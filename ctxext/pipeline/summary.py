@@ -14,10 +14,10 @@ from ctxext.evaluation.cells import Over
 from ctxext.evaluation.report import ReportFacts, terminal_table
 from ctxext.files import format_bytes
 from ctxext.pipeline.console import ConsoleReporter, duration
-from ctxext.pipeline.evaluate import FACTS_NAME, gather_evaluation, report_evaluation
+from ctxext.pipeline.evaluate import gather_evaluation, report_evaluation
 from ctxext.pipeline.extend import estimated_run_seconds, output_folder
 from ctxext.pipeline.report import gather, record_baseline, report_baseline, report_run
-from ctxext.pipeline.run_folder import RunFolder, peak_memory_bytes
+from ctxext.pipeline.run_folder import FACTS_NAME, RunFolder, peak_memory_bytes
 from ctxext.pipeline.stages import stages_of
 from ctxext.pipeline.stored_runs import derive_results
 from ctxext.planning.memory_plan import plan_memory

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from transformers import GenerationConfig
 
-from ctxext.errors import UsageError, unknown_name
+from ctxext.errors import ArtefactError, UsageError, first_line, unknown_name
 from ctxext.evaluation.answerer import stop_ids
 from ctxext.evaluation.backend import Backend
 from ctxext.evaluation.backends.client import ServerClient
@@ -157,10 +157,18 @@ def open_backend(
 
 
 def source_stop_ids(source: ModelSource, config: Any, tokenizer: Any) -> set[int]:
-    """Token ids that end an answer, without loading the model: as `Answerer` finds them."""
+    """Token ids that end an answer, without loading the model: as `Answerer` finds them.
+
+    Raises:
+        ArtefactError: settings for generation with which the model would not load either.
+    """
     try:
         with quiet():
             generation = GenerationConfig.from_pretrained(source.location, revision=source.revision or "main")
-    except Exception:  # none there, or not readable: transformers then makes one from the config as well
+    except OSError:  # none there, or no JSON: transformers then makes one from the config as well
         generation = GenerationConfig.from_model_config(config)
+    except Exception as error:  # ValueError, TypeError ... for one thing: a value that makes no sense
+        raise ArtefactError(
+            f"could not read the model's generation_config.json ({first_line(error)})", where=source.name
+        ) from error
     return stop_ids(SimpleNamespace(generation_config=generation), tokenizer)

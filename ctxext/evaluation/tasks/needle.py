@@ -62,6 +62,11 @@ class Wording:
     num_digits: int
     has_key: bool
 
+    def ask(self, key: str) -> tuple[str, str]:
+        """The question about `key` without its end, and that end, which begins the answer."""
+        prefix = self.answer_prefix.format(key=key)
+        return self.question.format(key=key).removesuffix(prefix), prefix
+
 
 def ruler_wording(kind: Kind, several: bool) -> Wording:
     """RULER's texts for values of a kind; for one value RULER turns the plural template into the singular."""
@@ -95,7 +100,7 @@ WORDINGS: dict[str, Wording] = {
 
 @dataclass(frozen=True)
 class Needle:
-    """One sample's fact and question, as text."""
+    """One sample's fact and question, as text; the question ends before the answer's prefix."""
 
     intro: str
     needle: str
@@ -110,11 +115,12 @@ def make_needle(wording: str, rng: random.Random) -> Needle:
     form = WORDINGS[wording]
     key = f"{rng.choice(_ADJECTIVES)}-{rng.choice(_NOUNS)}" if form.has_key else ""
     value = str(rng.randrange(10 ** (form.num_digits - 1), 10**form.num_digits))
+    question, answer_prefix = form.ask(key)
     return Needle(
         intro=form.intro,
         needle=form.needle.format(key=key, value=value),
-        question=form.question.format(key=key, value=value),
-        answer_prefix=form.answer_prefix.format(key=key),
+        question=question,
+        answer_prefix=answer_prefix,
         key=key,
         value=value,
     )
@@ -178,8 +184,7 @@ class NeedleTask(Task):
 
     @model_validator(mode="after")
     def _consistent(self) -> NeedleTask:
-        plain = (self.keys, self.values, self.num_keys, self.num_values, self.num_queries)
-        if self.wording == "passkey" and (plain != ("words", "numbers", 1, 1, 1) or self.haystack == "needles"):
+        if self.wording == "passkey" and not self._plain:
             raise ValueError("the passkey wording has one number and no key; for more, use wording ruler")
         if self.num_queries > self.num_keys:
             raise ValueError(f"num_queries ({self.num_queries}) is more than num_keys ({self.num_keys})")
@@ -222,7 +227,7 @@ class NeedleTask(Task):
             one = make_needle(self.wording, rng)
             return Draft(
                 intro=one.intro,
-                question=one.question.removesuffix(one.answer_prefix),
+                question=one.question,
                 answer_prefix=one.answer_prefix,
                 body=InText((Item(one.needle, depth),) if self.placed else (), depth),
                 answers=(one.value,),
@@ -243,10 +248,11 @@ class NeedleTask(Task):
             for value in of_key
         ]
         named = asked[0] if len(asked) == 1 else f"{', '.join(asked[:-1])}, and {asked[-1]}"
+        question, answer_prefix = form.ask(named)
         return Draft(
             intro=form.intro,
-            question=form.question.format(key=named).removesuffix(form.answer_prefix.format(key=named)),
-            answer_prefix=form.answer_prefix.format(key=named),
+            question=question,
+            answer_prefix=answer_prefix,
             body=self._body(items, form, keys, values),
             answers=tuple(value for key in asked for value in drawn[key]),
             distractors=tuple(value for key, of_key in drawn.items() if key not in asked for value in of_key),
@@ -318,11 +324,7 @@ class NeedleSweepTask(Task):
                 expected="one of " + ", ".join(f"{place:g}" for place in self.needles),
             )
         key, value = drawn[depth]
-        questions = {
-            other: (form.question.format(key=other).removesuffix(prefix), prefix)
-            for other, _ in drawn.values()
-            for prefix in [form.answer_prefix.format(key=other)]
-        }
+        questions = {other: form.ask(other) for other, _ in drawn.values()}
         return Draft(
             intro=form.intro,
             question=questions[key][0],
