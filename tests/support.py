@@ -23,7 +23,8 @@ from ctxext.model.load import quiet
 from ctxext.pipeline.recipes import recipe_of
 from ctxext.planning.plan import Plan
 from ctxext.recipe.schema import Recipe
-from ctxext.train.loop import StepMetrics, TrainHooks, TrainStart
+from ctxext.train.loop import TrainHooks, TrainStart
+from ctxext.train.metrics import StepMetrics
 
 ORIGINAL_LENGTH = 128
 TARGET_LENGTH = 256

@@ -27,7 +27,8 @@ from ctxext.pipeline.run_folder import recipe_yaml
 from ctxext.planning.memory_plan import memory_rows
 from ctxext.planning.plan import Plan
 from ctxext.recipe.schema import Recipe
-from ctxext.train.loop import StepMetrics, TrainHooks, TrainStart
+from ctxext.train.loop import TrainHooks, TrainStart
+from ctxext.train.metrics import StepMetrics
 
 _PLAIN_EVERY_SECONDS = 20.0
 _PLAIN_LENGTH_SECONDS = 3.0
@@ -102,7 +103,7 @@ class ConsoleReporter:
         with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as progress:
             task = progress.add_task(title, total=steps, numbers="")
             line = _TrainLine(self, progress, task)
-            yield TrainHooks(on_start=line.start, on_step=line.step)
+            yield TrainHooks(on_start=line.start, on_step=line.step, on_note=self.info)
 
     @contextmanager
     def progress(self, title: str) -> Iterator[Callable[[int, int], None]]:

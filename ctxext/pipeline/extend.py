@@ -328,9 +328,7 @@ def _train(job: _Job, method: RopeMethod, folder: Path, adapter: Path, title: st
     windows, data_sha256 = _windows(job)
     config = _config_for(job, method)
     state = TrainState(0, job.plan.plan_id, data_sha256, job.accelerator.num_processes)
-    trainer = Trainer(
-        job.accelerator, _load(job, config), config, windows, job.recipe.lora, job.recipe.train, folder, state
-    )
+    trainer = Trainer(job.accelerator, _load(job, config), config, windows, job.recipe, folder, state)
     if job.recipe.train.trackers:
         job.accelerator.init_trackers(method.method, config={"plan_id": job.plan.plan_id})
     with job.reporter.training(title, job.recipe.train.steps) as hooks:

@@ -29,6 +29,8 @@ from ctxext.rope.patchers import apply_method
 from ctxext.rope.reference import describe_positions
 
 _FLOAT32_BYTES = 4
+# Of `train`: how often is saved, what is watched and where it runs; results do not depend on them.
+_WITHOUT_EFFECT = ("allow_slow", "checkpoint_every", "keep_checkpoints", "max_hours", "probe", "trackers")
 
 
 @dataclass(frozen=True)
@@ -123,9 +125,9 @@ def make_plan(recipe: Recipe) -> Plan:
     arms = arms_of(recipe)
     # Only what changes results: where the run is written, how often it saves and what else is evaluated do not.
     decisive = recipe.model_dump(mode="json")
-    for block, key in (("train", "checkpoint_every"), ("train", "keep_checkpoints"), ("train", "trackers")):
-        decisive[block].pop(key)
-    for key in ("output_dir", "evaluation"):
+    for key in _WITHOUT_EFFECT:
+        decisive["train"].pop(key)
+    for key in ("output_dir", "evaluation", "parallel"):
         decisive.pop(key)
     # Of the savings, only tiles change what is computed, and only in the last bits.
     tile = decisive["train"].pop("memory") and recipe.train.memory.tile(window_tokens * recipe.train.windows_per_device)

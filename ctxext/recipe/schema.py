@@ -7,18 +7,25 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from ctxext.recipe.base import Block, PositiveInt, Seed
+from ctxext.recipe.adaptation import LoraBlock
+from ctxext.recipe.base import Block, PositiveInt
 from ctxext.recipe.data import DataBlock
 from ctxext.recipe.gates import GatesBlock
-from ctxext.recipe.memory import MemoryBlock
+from ctxext.recipe.parallel import ParallelBlock
+from ctxext.recipe.train import TrainBlock
 from ctxext.rope.methods import AnyRopeMethod, Yarn
 
-_CHECKPOINTING_ABOVE_TOKENS = 4096
-Tracker = Literal["tensorboard"]
-
-
-def _tensorboard() -> list[Tracker]:
-    return ["tensorboard"]
+__all__ = [
+    "DataBlock",
+    "EvaluationBlock",
+    "LoraBlock",
+    "ModelBlock",
+    "ParallelBlock",
+    "Recipe",
+    "StageBlock",
+    "TrainBlock",
+    "stage_recipe",
+]
 
 
 class ModelBlock(Block):
@@ -36,49 +43,6 @@ class ModelBlock(Block):
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     description: str | None = None
-
-
-class LoraBlock(Block):
-    """Low-rank adaptation (Hu et al. 2021, arXiv:2106.09685) by peft."""
-
-    rank: PositiveInt = 16
-    alpha: Annotated[float, Field(gt=0)] = 32.0
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    targets: Literal["all-linear"] | list[str] = "all-linear"
-
-
-class TrainBlock(Block):
-    """The optimisation.
-
-    Attributes:
-        steps: optimizer steps.
-        windows_per_step: global batch, over all processes and accumulation.
-        windows_per_device: windows in one forward pass.
-        warmup: share of the steps with rising learning rate, 0.01-0.05 (at least one step), then cosine to zero.
-        activation_checkpointing: `auto` turns it on above 4096 tokens a window.
-        memory: what else saves memory, and at what price.
-        checkpoint_every: steps between checkpoints; a tenth of the steps when left out.
-    """
-
-    steps: PositiveInt = 200
-    windows_per_step: PositiveInt = 8
-    windows_per_device: PositiveInt = 1
-    learning_rate: Annotated[float, Field(gt=0, lt=1)] = 2e-4
-    warmup: Annotated[float, Field(ge=0.01, le=0.05)] = 0.05
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    activation_checkpointing: Literal["auto"] | bool = "auto"
-    memory: MemoryBlock = MemoryBlock()
-    checkpoint_every: PositiveInt | None = None
-    keep_checkpoints: PositiveInt = 2
-    trackers: list[Tracker] = Field(default_factory=_tensorboard)
-    seed: Seed = 0
-
-    def uses_activation_checkpointing(self, window_tokens: int) -> bool:
-        """What `auto` becomes for windows of this length."""
-        if self.activation_checkpointing == "auto":
-            return window_tokens > _CHECKPOINTING_ABOVE_TOKENS
-        return self.activation_checkpointing
 
 
 class EvaluationBlock(Block):
@@ -135,6 +99,9 @@ class Recipe(Block):
     Attributes:
         stages: a curriculum of several target lengths, each trained from where the last one ended; the last stage's
             target length is the recipe's.
+        adaptation: what is trained: `lora` (adapters on a frozen base), `qlora` (the same on a base in 4 bits) or
+            `full` (every weight).
+        parallel: how several processes share the work.
         on_existing: for a model whose RoPE is scaled already: refuse it, replace its scaling, or compose with it.
     """
 
@@ -144,8 +111,10 @@ class Recipe(Block):
     target_length: PositiveInt
     stages: Annotated[list[StageBlock], Field(min_length=2)] | None = None
     data: DataBlock = DataBlock()
+    adaptation: Literal["lora", "qlora", "full"] = "lora"
     lora: LoraBlock = LoraBlock()
     train: TrainBlock = TrainBlock()
+    parallel: ParallelBlock = ParallelBlock()
     evaluation: EvaluationBlock = EvaluationBlock()
     output_dir: str | None = None
 

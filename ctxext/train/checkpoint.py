@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,7 @@ class Checkpoint:
     optimizer: dict[str, Tensor]
     random_states: dict[str, Tensor]
     stream_state: dict[str, Any] | None = None
+    monitors: dict[str, Any] = field(default_factory=dict)
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -76,6 +77,7 @@ def save_checkpoint(
     random_states: dict[str, Tensor],
     keep: int,
     stream_state: dict[str, Any] | None = None,
+    monitors: dict[str, Any] | None = None,
 ) -> Path:
     """Write a checkpoint, then remove the oldest beyond `keep`.
 
@@ -94,6 +96,8 @@ def save_checkpoint(
         write_json_atomic(partial / "state.json", asdict(state))
         if stream_state is not None:
             write_json_atomic(partial / "stream.json", stream_state)
+        if monitors:
+            write_json_atomic(partial / "monitors.json", monitors)
         write_manifest(partial)
     folders = _checkpoint_folders(folder)
     newest = folders.index(path) + 1
@@ -126,6 +130,7 @@ def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
                     read_tensors(path / "optimizer.safetensors"),
                     read_tensors(path / "random.safetensors"),
                     read_json(path / "stream.json") if (path / "stream.json").exists() else None,
+                    read_json(path / "monitors.json") if (path / "monitors.json").exists() else {},
                 ),
                 messages,
             )

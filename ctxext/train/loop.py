@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -20,11 +20,10 @@ from ctxext.data.order import Cursor, Share
 from ctxext.data.windows import TrainingWindows
 from ctxext.errors import ResourceError, UsageError
 from ctxext.evaluation.sharding import require_all_processes
-from ctxext.files import append_json_line, canonical_json, read_json_lines, write_text_atomic
 from ctxext.model.attention import running_kernels
 from ctxext.model.lora import add_lora, num_trainable
 from ctxext.model.savings import apply_savings, savings_of
-from ctxext.recipe.schema import LoraBlock, TrainBlock
+from ctxext.recipe.schema import Recipe
 from ctxext.rope.verify import RopeVerification, verify_positions
 from ctxext.train.adapter import adapter_tensors, set_adapter_tensors
 from ctxext.train.checkpoint import (
@@ -34,22 +33,12 @@ from ctxext.train.checkpoint import (
     save_checkpoint,
     set_optimizer_tensors,
 )
+from ctxext.train.metrics import MetricsFile, StepMetrics
+from ctxext.train.monitors import Monitor, StepEvent
+from ctxext.train.optimizer import make_optimizer
+from ctxext.train.schedule import learning_rate_at
 from ctxext.train.signals import StopRequest
-from ctxext.train.step import SummedLoss, learning_rate_at, run_step
-
-
-@dataclass(frozen=True)
-class StepMetrics:
-    """One line of `metrics.jsonl`."""
-
-    step: int
-    steps: int
-    loss: float
-    grad_norm: float
-    learning_rate: float
-    num_tokens: int
-    tokens_per_second: float
-    seconds: float
+from ctxext.train.step import SummedLoss, run_step
 
 
 @dataclass(frozen=True)
@@ -70,6 +59,7 @@ class TrainHooks:
 
     on_start: Callable[[TrainStart], None]
     on_step: Callable[[StepMetrics], None]
+    on_note: Callable[[str], None] = lambda text: None
 
 
 def make_accelerator(dtype: torch.dtype, device: torch.device, trackers: list[str], folder: Path) -> Accelerator:
@@ -100,13 +90,14 @@ def make_accelerator(dtype: torch.dtype, device: torch.device, trackers: list[st
 
 
 class Trainer:
-    """Trains LoRA on an extended model.
+    """Trains an extended model as a recipe says.
 
     Args:
         model: the base, loaded with `config`.
         config: the extended config that must be in effect.
         folder: of this arm; gets `metrics.jsonl` and `checkpoints/`.
         state: plan, data and processes of this run; its step is ignored.
+        monitors: what watches the training.
     """
 
     def __init__(
@@ -115,26 +106,26 @@ class Trainer:
         model: Any,
         config: PreTrainedConfig,
         windows: TrainingWindows,
-        lora: LoraBlock,
-        settings: TrainBlock,
+        recipe: Recipe,
         folder: Path,
         state: TrainState,
+        monitors: Sequence[Monitor] = (),
     ) -> None:
+        settings = recipe.train
         self._accelerator = accelerator
         self._settings = settings
         self._windows = windows
+        self._monitors = monitors
         self._folder = folder
+        self._metrics = MetricsFile(folder)
         self._identity = state
         self._check_batch()
         verify_positions(model, config)
         self._kernels = running_kernels(model)
-        self._peft: PeftModel = add_lora(model, lora, settings.seed)
+        self._peft: PeftModel = add_lora(model, recipe.lora, settings.seed)
         self._peft.train()
         apply_savings(self._peft, savings_of(settings, windows.length))
-        trainable = [parameter for parameter in self._peft.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(
-            trainable, lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=settings.weight_decay
-        )
+        optimizer = make_optimizer(self._peft, settings)
         self._model, self._optimizer = accelerator.prepare(SummedLoss(self._peft), optimizer)
         # Wrappers and casts of prepare() have rounded frequencies before: look again.
         self._verification = verify_positions(accelerator.unwrap_model(self._model), config)
@@ -164,13 +155,8 @@ class Trainer:
         )
         every = self._settings.checkpoint_every or max(self._settings.steps // 10, 1)
         for step in range(first, self._settings.steps):
-            metrics = self._one_step(step)
-            if self._accelerator.is_main_process:
-                append_json_line(self._folder / "metrics.jsonl", vars(metrics))
-            self._accelerator.log(
-                {key: value for key, value in vars(metrics).items() if key not in ("step", "steps")}, step=metrics.step
-            )
-            hooks.on_step(metrics)
+            event = self._one_step(step)
+            self._tell(event, hooks)
             done = step + 1
             stopping = self._any_process(stop.requested)
             if done % every == 0 or done == self._settings.steps or stopping:
@@ -179,11 +165,30 @@ class Trainer:
                 stop.check(f"step {done} of {self._settings.steps} is saved")
                 raise ResourceError("another process of this run was stopped by a signal", where="train")
 
-    def _one_step(self, step: int) -> StepMetrics:
+    def _tell(self, event: StepEvent, hooks: TrainHooks) -> None:
+        metrics, is_main = event.metrics, self._accelerator.is_main_process
+        if is_main:
+            self._metrics.add_step(metrics)
+        self._accelerator.log(
+            {key: value for key, value in vars(metrics).items() if key not in ("step", "steps")}, step=metrics.step
+        )
+        hooks.on_step(metrics)
+        for monitor in self._monitors:
+            for line in monitor.after_step(event):
+                if is_main:
+                    self._metrics.add_monitor(monitor.name, metrics.step, line)
+                if "warning" in line:
+                    hooks.on_note(f"step {metrics.step}: {line['warning']}")
+                numbers = {f"{monitor.name}/{k}": v for k, v in line.items() if isinstance(v, int | float)}
+                self._accelerator.log(numbers, step=metrics.step)
+
+    def _one_step(self, step: int) -> StepEvent:
         settings = self._settings
         rate = learning_rate_at(step, settings.steps, settings.learning_rate, settings.warmup)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
+        for monitor in self._monitors:
+            monitor.before_step(step + 1)
         started = time.perf_counter()
         cursor = Cursor(settings.seed, step * settings.windows_per_step)
         share = Share(self._accelerator.process_index, self._accelerator.num_processes)
@@ -206,7 +211,7 @@ class Trainer:
                 "or skip-wise windows; `ctxext plan` says what each saves.",
             ) from error
         seconds = time.perf_counter() - started
-        return StepMetrics(
+        metrics = StepMetrics(
             step=step + 1,
             steps=settings.steps,
             loss=result.loss,
@@ -216,6 +221,7 @@ class Trainer:
             tokens_per_second=result.num_tokens / seconds,
             seconds=seconds,
         )
+        return StepEvent(metrics, windows, self._peft)
 
     def _check_batch(self) -> None:
         unit = self._accelerator.num_processes * self._settings.windows_per_device
@@ -248,17 +254,16 @@ class Trainer:
         set_optimizer_tensors(self._optimizer.optimizer, checkpoint.optimizer)
         self._set_random_state(checkpoint.random_states)
         self._windows.restore(checkpoint.stream_state, checkpoint.state.step * self._settings.windows_per_step)
+        for monitor in self._monitors:
+            if monitor.name in checkpoint.monitors:
+                monitor.restore(checkpoint.monitors[monitor.name])
         self._keep_metrics_up_to(checkpoint.state.step)
         messages.append(f"resumed at step {checkpoint.state.step} of {self._settings.steps}")
         return checkpoint.state.step, messages
 
     def _keep_metrics_up_to(self, step: int) -> None:
-        if not self._accelerator.is_main_process:
-            return
-        path = self._folder / "metrics.jsonl"
-        if path.exists():
-            kept = [line for line in read_json_lines(path) if line["step"] <= step]
-            write_text_atomic(path, "".join(canonical_json(line) + "\n" for line in kept))
+        if self._accelerator.is_main_process:
+            self._metrics.keep_up_to(step)
 
     def _save(self, step: int) -> None:
         states = self._random_states()
@@ -272,6 +277,7 @@ class Trainer:
                 states,
                 self._settings.keep_checkpoints,
                 self._windows.stream_state(),
+                {monitor.name: monitor.state() for monitor in self._monitors},
             )
         self._accelerator.wait_for_everyone()
 

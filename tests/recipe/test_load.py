@@ -246,7 +246,7 @@ def test_all_problems_are_reported_at_once() -> None:
         "target_length: -1\n"
         "data:\n  windows: {mode: skip-wise}\n  facts: {share: 1.5, style: record}\n"
         "lora: {rank: 0, ranks: 1}\n"
-        "train:\n  steps: 10.5\n  learning_rate: .nan\n  trackers: [wandb]\n  activation_checkpointing: maybe\n"
+        "train:\n  steps: 10.5\n  learning_rate: .nan\n  trackers: [wanbd]\n  activation_checkpointing: maybe\n"
         "typo: 1\n"
     )
     lines = [

@@ -26,7 +26,8 @@ from ctxext.model.lora import add_lora, num_trainable
 from ctxext.pipeline.extend import extend
 from ctxext.recipe.schema import LoraBlock
 from ctxext.rope.patchers import extend_config
-from ctxext.train.step import StepResult, SummedLoss, learning_rate_at, run_step
+from ctxext.train.schedule import learning_rate_at
+from ctxext.train.step import StepResult, SummedLoss, run_step
 
 LENGTH = 64
 
