@@ -59,6 +59,7 @@ from ctxext.train.adapter import load_adapter, save_adapter
 from ctxext.train.checkpoint import TrainState
 from ctxext.train.loop import Trainer, make_accelerator
 from ctxext.train.signals import StopRequest
+from ctxext.train.watch import make_monitors
 
 DEFAULT_OUTPUT = "runs"
 
@@ -328,7 +329,8 @@ def _train(job: _Job, method: RopeMethod, folder: Path, adapter: Path, title: st
     windows, data_sha256 = _windows(job)
     config = _config_for(job, method)
     state = TrainState(0, job.plan.plan_id, data_sha256, job.accelerator.num_processes)
-    trainer = Trainer(job.accelerator, _load(job, config), config, windows, job.recipe, folder, state)
+    monitors = make_monitors(job.recipe, config, job.device)
+    trainer = Trainer(job.accelerator, _load(job, config), config, windows, job.recipe, folder, state, monitors)
     if job.recipe.train.trackers:
         job.accelerator.init_trackers(method.method, config={"plan_id": job.plan.plan_id})
     with job.reporter.training(title, job.recipe.train.steps) as hooks:

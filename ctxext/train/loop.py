@@ -187,12 +187,12 @@ class Trainer:
         rate = learning_rate_at(step, settings.steps, settings.learning_rate, settings.warmup)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        for monitor in self._monitors:
-            monitor.before_step(step + 1)
         started = time.perf_counter()
         cursor = Cursor(settings.seed, step * settings.windows_per_step)
         share = Share(self._accelerator.process_index, self._accelerator.num_processes)
         windows = self._windows.step_windows(cursor, settings.windows_per_step, share)
+        for monitor in self._monitors:
+            monitor.before_step(step + 1, windows)
         try:
             result = run_step(
                 self._accelerator,

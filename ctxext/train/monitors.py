@@ -40,8 +40,8 @@ class Monitor(Protocol):
 
     name: str
 
-    def before_step(self, step: int) -> None:
-        """Step `step` (from 1) begins: the place to start recording inside the model."""
+    def before_step(self, step: int, windows: Sequence[PackedWindow]) -> None:
+        """Step `step` (from 1) begins with this process's `windows`: the place to start recording inside the model."""
 
     def after_step(self, event: StepEvent) -> list[dict[str, Any]]:
         """Lines for `metrics.jsonl`, the main process's are written; one with the key `warning` is shown at once."""
