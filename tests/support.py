@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -29,6 +31,10 @@ from ctxext.train.metrics import StepMetrics
 ORIGINAL_LENGTH = 128
 TARGET_LENGTH = 256
 EOS = "<|end|>"
+
+needs_bitsandbytes = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed (the extra `qlora`)"
+)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

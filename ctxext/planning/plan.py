@@ -17,9 +17,11 @@ from ctxext.files import fingerprint
 from ctxext.model.assumptions import assumed_by_default
 from ctxext.model.load import choose_device, load_config, resolve_source, weights_fingerprint
 from ctxext.model.lora import add_lora, num_trainable
+from ctxext.model.quantized import check_bitsandbytes
 from ctxext.model.savings import check_savings
 from ctxext.planning.cost import ModelShape, attention_width
 from ctxext.planning.data_plan import data_lines, facts_notes
+from ctxext.planning.training_notes import training_notes
 from ctxext.recipe.data import STREAMED
 from ctxext.recipe.load import KeyPath
 from ctxext.recipe.schema import Recipe
@@ -41,12 +43,13 @@ class Plan:
         arms: names of the evaluated arms, in order.
         prefill_tokens: prompt tokens of one arm's evaluation.
         train_flops, evaluation_flops: of one training, and of all arms' evaluations.
-        trainable_bytes: LoRA weights, gradients and both AdamW moments in float32.
+        trainable_bytes: LoRA weights, gradients in float32 and both AdamW moments, in float32 or 8 bits.
         cache_bytes: KV cache of the longest evaluated prompt, in float32.
         weights: fingerprint of the base weights.
         plan_id: hash of everything that changes results.
         positions: the extended config's RoPE in one line.
-        notes: what the model's config does not say, or says otherwise elsewhere; and what facts share with the suite.
+        notes: what the model's config does not say, or says otherwise elsewhere; what facts share with the suite;
+            advice.
         data: what training reads, in words.
         memory: a training step's memory, traced (`memory_plan.MemoryPlan`); None where nobody asked.
     """
@@ -119,7 +122,9 @@ def make_plan(recipe: Recipe) -> Plan:
     window_tokens = recipe.data.windows.length or recipe.target_length
     checkpointing = recipe.train.uses_activation_checkpointing(window_tokens)
     elsewhere = recipe.train.memory.device_gib is not None  # planned for another machine than this one
-    check_savings(recipe.train, window_tokens, "cuda" if elsewhere else choose_device().type)
+    device_type = "cuda" if elsewhere else choose_device().type
+    check_savings(recipe.train, window_tokens, device_type)
+    check_bitsandbytes(recipe, device_type)
     shape = ModelShape(counts.matrices, text.num_hidden_layers, attention_width(text))
     train_tokens = recipe.train.steps * recipe.train.windows_per_step * window_tokens
     arms = arms_of(recipe)
@@ -154,7 +159,11 @@ def make_plan(recipe: Recipe) -> Plan:
         method=method.method,
         rope_parameters=text_config(extended).rope_parameters,
         positions=describe_positions(extended),
-        notes=[*assumed_by_default(source, config), *facts_notes(recipe.data, suite)],
+        notes=[
+            *assumed_by_default(source, config),
+            *facts_notes(recipe.data, suite),
+            *training_notes(config, recipe.train),
+        ],
         attention_factor=method.attention_multiplier(base),
         num_parameters=counts.total,
         num_trainable=counts.trainable,
@@ -172,7 +181,7 @@ def make_plan(recipe: Recipe) -> Plan:
         longest_prompt=max(sample.cell.length_tokens for sample in samples),
         train_flops=train_tokens / window_tokens * shape.train_flops(window_tokens, checkpointing),
         evaluation_flops=len(arms) * evaluation_flops(shape, samples),
-        trainable_bytes=counts.trainable * 4 * _FLOAT32_BYTES,
+        trainable_bytes=counts.trainable * 2 * (_FLOAT32_BYTES + recipe.train.moment_bytes),
         cache_bytes=cache_bytes(text, max(sample.cell.length_tokens for sample in samples), _FLOAT32_BYTES),
         merged_bytes=counts.total * _FLOAT32_BYTES,
         data=data_lines(recipe.data, window_tokens),

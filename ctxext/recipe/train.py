@@ -14,6 +14,11 @@ _CHECKPOINTING_ABOVE_TOKENS = 4096
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 
 
+def num_warmup_steps(steps: int, warmup: float) -> int:
+    """Steps with a rising learning rate: the share `warmup` of all, at least one."""
+    return max(round(steps * warmup), 1)
+
+
 def _tensorboard() -> list[Tracker]:
     return ["tensorboard"]
 
@@ -26,8 +31,9 @@ class TrainBlock(Block):
         windows_per_step: global batch, over all processes and accumulation.
         windows_per_device: windows in one forward pass.
         warmup: share of the steps with rising learning rate, 0.01-0.25 (at least one step).
-        decay: how it falls afterwards: `cosine` to zero, or with the `inverse-sqrt` of the steps.
-        optimizer: `adamw`, or `adamw-8bit` (moments in 8 bits, by bitsandbytes).
+        decay: how it falls afterwards: `cosine` to zero, or `inverse-sqrt`, as one over the square root of the step.
+        weight_decay: of matrices alone; norms, biases and other vectors that train are never decayed.
+        optimizer: `adamw`, or `adamw-8bit` (moments in 8 bits, by bitsandbytes: the extra `qlora`).
         attention: which implementation computes attention; `auto` chooses and says what.
         allow_slow: train although attention falls back to a slow path, or a setting costs more than 30% of the speed.
         compile: compile the decoder layers with torch.compile.
@@ -73,3 +79,8 @@ class TrainBlock(Block):
         if self.activation_checkpointing == "auto":
             return window_tokens > _CHECKPOINTING_ABOVE_TOKENS
         return self.activation_checkpointing
+
+    @property
+    def moment_bytes(self) -> int:
+        """Bytes of each of AdamW's two moments, for one parameter."""
+        return 1 if self.optimizer == "adamw-8bit" else 4

@@ -27,6 +27,8 @@ from ctxext.files import (
 from ctxext.train.adapter import read_tensors, tensor_write_errors, write_tensors
 
 _NAME = re.compile(r"step-(\d{6,})")
+# Where bitsandbytes' optimizers put tensors that FSDP1 must not gather.
+_WRAPPED = "__bnb_optimizer_quant_state__"
 
 
 @dataclass(frozen=True)
@@ -140,19 +142,29 @@ def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Optimizer state as flat tensors named `index.key` (safetensors holds no Python objects, which is the point)."""
+    """Optimizer state as flat tensors named `index.key` (safetensors holds no Python objects, which is the point).
+
+    Python integers, bitsandbytes' count of steps, become scalars of int64, which no optimizer of torch has.
+    """
     state: dict[int, dict[str, Any]] = optimizer.state_dict()["state"]
     return {
-        f"{index}.{key}": value.detach().cpu().contiguous()
+        f"{index}.{key}": torch.tensor(value) if isinstance(value, int) else _own(value)
         for index, entry in state.items()
-        for key, value in entry.items()
+        for key, value in {**entry, **entry.get(_WRAPPED, {})}.items()
+        if key != _WRAPPED
     }
+
+
+def _own(value: Tensor) -> Tensor:
+    # A copy: parameters share bitsandbytes' quantisation maps, and safetensors refuses what shares memory.
+    return value.detach().cpu().contiguous().clone()
 
 
 def set_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """The way back; hyperparameters stay those of `optimizer`."""
-    stored: dict[int, dict[str, Tensor]] = {}
+    stored: dict[int, dict[str, Tensor | int]] = {}
     for name, tensor in tensors.items():
         index, key = name.split(".", 1)
-        stored.setdefault(int(index), {})[key] = tensor
+        is_integer = tensor.dtype == torch.int64 and tensor.ndim == 0
+        stored.setdefault(int(index), {})[key] = int(tensor.item()) if is_integer else tensor
     optimizer.load_state_dict({"state": stored, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -184,7 +184,7 @@ class Trainer:
 
     def _one_step(self, step: int) -> StepEvent:
         settings = self._settings
-        rate = learning_rate_at(step, settings.steps, settings.learning_rate, settings.warmup)
+        rate = learning_rate_at(step, settings.steps, settings.learning_rate, settings.warmup, settings.decay)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         started = time.perf_counter()
