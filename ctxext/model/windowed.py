@@ -13,7 +13,7 @@ refused, never approximated.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -129,20 +129,34 @@ def windowed_attention(
     Raises:
         UnsupportedModelError: the call asks for what this function does not compute.
     """
+    refuse_changed_scores(is_causal, arguments)
+    if attention_mask is None or attention_mask.shape != (1, 1, 1, 1) or attention_mask.dtype != torch.long:
+        raise _refusal("a mask that the model makes itself")
+    out = attend_to_window(query, key, value, int(attention_mask), dropout, scaling)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def refuse_changed_scores(is_causal: bool | None, arguments: Mapping[str, Any]) -> None:
+    """Refuse a call that asks for other scores than causal ones.
+
+    Raises:
+        UnsupportedModelError: it does.
+    """
     for name, what in _REFUSED.items():
         if arguments.get(name) is not None:
             raise _refusal(what)
     if is_causal is False:
         raise _refusal("attention in both directions")
-    if attention_mask is None or attention_mask.shape != (1, 1, 1, 1) or attention_mask.dtype != torch.long:
-        raise _refusal("a mask that the model makes itself")
-    window = int(attention_mask)
+
+
+def attend_to_window(
+    query: Tensor, key: Tensor, value: Tensor, window: int, dropout: float, scaling: float | None
+) -> Tensor:
+    """Attention of the last queries to all keys, causal, in a window (0: none); [B, H, Q, D_v]."""
     attend = _Attend(dropout, scaling)
     if window == 0 or key.shape[2] <= window:
-        out = _causal(query, key, value, attend)
-    else:
-        out = _sliding(query, key, value, window, attend)
-    return out.transpose(1, 2).contiguous(), None
+        return _causal(query, key, value, attend)
+    return _sliding(query, key, value, window, attend)
 
 
 class _Attend:
