@@ -107,16 +107,18 @@ class GateError(CtxextError):
 
 
 class InterruptedRunError(CtxextError):
-    """A signal ended the run after a committed checkpoint; 130 for SIGINT, 143 for SIGTERM."""
+    """The run ended early, saved and resumable: 130 by SIGINT, 143 by SIGTERM, 7 by the recipe's own time limit."""
 
-    def __init__(self, what: str, *, signal_number: int, hint: str | None = None) -> None:
+    exit_code = 7
+
+    def __init__(self, what: str, *, signal_number: int | None, hint: str | None = None) -> None:
         self.signal_number = signal_number
         super().__init__(what, hint=hint)
 
 
 def exit_code_of(error: BaseException) -> int:
-    """Exit code for `error`: its family's code, 128 + signal for interruptions, 1 for a bug."""
-    if isinstance(error, InterruptedRunError):
+    """Exit code for `error`: its family's code, 128 + signal for interruptions by one, 1 for a bug."""
+    if isinstance(error, InterruptedRunError) and error.signal_number is not None:
         return 128 + error.signal_number
     if isinstance(error, KeyboardInterrupt):
         return 130

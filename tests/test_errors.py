@@ -34,6 +34,7 @@ EXIT_CODES: list[tuple[BaseException, int]] = [
     (GateError("x"), 6),
     (InterruptedRunError("x", signal_number=signal.SIGINT), 130),
     (InterruptedRunError("x", signal_number=signal.SIGTERM), 143),
+    (InterruptedRunError("x", signal_number=None), 7),
     (KeyboardInterrupt(), 130),
     (ValueError("a bug"), 1),
     (MemoryError(), 1),

@@ -93,6 +93,19 @@ class Processes:
             dist.all_gather_object(box, value, group=_talk())
         return box
 
+    def largest(self, number: int) -> int:
+        """The largest of all processes' numbers, in all of them; devices are not waited for.
+
+        Raises:
+            ResourceError: another process ended before.
+        """
+        if self.count == 1:
+            return number
+        box = torch.tensor(number)
+        with _while_all_live():
+            dist.all_reduce(box, dist.ReduceOp.MAX, group=_talk())
+        return int(box)
+
 
 ALONE = Processes()
 
@@ -164,7 +177,6 @@ def _while_all_live() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise ResourceError(
-            "another process of the evaluation ended before its share was done",
-            hint="Its own message says why. Finished samples are saved; the same command goes on, with any number of "
-            "processes.",
+            "another process of this run ended before its share was done",
+            hint="Its own message says why. Finished samples and checkpoints are saved; the same command goes on.",
         ) from error

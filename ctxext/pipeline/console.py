@@ -148,10 +148,8 @@ class _TrainLine:
         self._spent.append(metrics.seconds)
         recent = self._spent[-20:]
         remaining = duration((metrics.steps - metrics.step) * sum(recent) / len(recent))
-        numbers = (
-            f"loss {metrics.loss:.3f}  grad {metrics.grad_norm:.2f}  {metrics.tokens_per_second:.0f} tokens/s  "
-            f"{remaining} left"
-        )
+        measured = "skipped" if metrics.skipped else f"loss {metrics.loss:.3f}  grad {metrics.grad_norm:.2f}"
+        numbers = f"{measured}  {metrics.tokens_per_second:.0f} tokens/s  {remaining} left"
         self._progress.update(self._task, completed=metrics.step, numbers=numbers)  # type: ignore[arg-type]
         if not self._reporter.console.is_terminal:
             now = time.perf_counter()

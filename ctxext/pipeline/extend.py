@@ -116,16 +116,25 @@ def estimated_run_seconds(recipe: Recipe, plan: Plan) -> float:
     return estimated_seconds(plan.evaluation_flops + trainings * plan.train_flops, speed)
 
 
-def extend(recipe: Recipe, reporter: Reporter, *, last_stage: str = "report", origin: Origin | None = None) -> Path:
+def extend(
+    recipe: Recipe,
+    reporter: Reporter,
+    *,
+    last_stage: str = "report",
+    origin: Origin | None = None,
+    started: float | None = None,
+) -> Path:
     """Run (or go on with) the whole job and return the run folder; of a recipe with stages, see `pipeline.stages`.
 
     Args:
         last_stage: `train` stops once the adapter is there, `merge` once the checkpoint is; `report` does everything.
         origin: the model that a curriculum began with, which the arm `base` then is.
+        started: when `train.max_hours` began, by `time.monotonic()`; now when left out.
 
     Raises:
         CtxextError: with the exit code of its kind; `status.json` repeats code and reason.
     """
+    hours, started = recipe.train.max_hours, time.monotonic() if started is None else started
     plan = make_plan(recipe)
     run = RunFolder(output_folder(recipe))
     device = choose_device()
@@ -133,7 +142,7 @@ def extend(recipe: Recipe, reporter: Reporter, *, last_stage: str = "report", or
     reporter.plan(plan, estimated_run_seconds(recipe, plan), str(run.path))
     accelerator = make_accelerator(dtype, device, list(recipe.train.trackers), run.path)
     source = resolve_source(recipe.model.source, recipe.model.revision)
-    with StopRequest() as stop:
+    with StopRequest(None if hours is None else 3600 * hours, started) as stop:
         require_free_space(run.path, 2 * plan.merged_bytes, "checkpoints and the merged model")
         if accelerator.is_main_process:
             # Before the status is this command's to write: a folder of another run is refused and left as it is.
@@ -186,8 +195,10 @@ def _run_stages(job: _Job, last_stage: str) -> None:
         stages.append(("report", "write heatmaps and report", _report))
     for number, (name, title, action) in enumerate(stages, start=1):
         job.reporter.stage(number, len(stages), title)
+        job.stop.new_pace()
         with _timed(job, name):
             action(job)
+        job.stop.agree(this_launch())
         job.stop.check("everything finished so far is saved")
     if last_stage == "report":
         _check_gates(job)

@@ -6,6 +6,7 @@ from the original ones: a stage replaces the scaling of the stage before, its fa
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,6 +84,7 @@ def extend_in_stages(recipe: Recipe, reporter: Reporter, *, last_stage: str = "r
         CtxextError: see `extend`; finished stages stay.
         UsageError: the folder holds the stages of another recipe.
     """
+    started = time.monotonic()
     stages = stages_of(recipe)
     folder = output_folder(recipe)
     _open(folder, recipe)
@@ -93,7 +95,8 @@ def extend_in_stages(recipe: Recipe, reporter: Reporter, *, last_stage: str = "r
         reporter.info(stage.title)
         origin = Origin(source, config, weights_fingerprint(source, config), list(done)) if done else None
         final = stage.number == stage.count
-        run = extend(stage.recipe, reporter, last_stage=last_stage if final else "merge", origin=origin)
+        until = last_stage if final else "merge"
+        run = extend(stage.recipe, reporter, last_stage=until, origin=origin, started=started)
         plan = read_json(run / "plan.json")
         done.append({key: plan[key] for key in ("method", "target_length", "plan_id")})
     return folder

@@ -40,17 +40,19 @@ class TrainState:
         plan_id: of the plan that the run follows.
         data_sha256: of the token stream.
         num_processes: processes that shared each step.
+        skipped_in_a_row: last steps without update, because something in them was not finite.
     """
 
     step: int
     plan_id: str
     data_sha256: str
     num_processes: int
+    skipped_in_a_row: int = 0
 
     def differences(self, other: TrainState) -> list[str]:
-        """Names of the fields, besides the step, in which two states disagree."""
+        """Names of the fields that say which run it is, and in which two states disagree."""
         mine, theirs = asdict(self), asdict(other)
-        return [key for key in mine if key != "step" and mine[key] != theirs[key]]
+        return [key for key in ("plan_id", "data_sha256", "num_processes") if mine[key] != theirs[key]]
 
 
 @dataclass(frozen=True)

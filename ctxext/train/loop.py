@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig
 from ctxext.data.order import Cursor, Share
 from ctxext.data.windows import TrainingWindows
 from ctxext.errors import ResourceError, UsageError
-from ctxext.evaluation.sharding import require_all_processes
+from ctxext.evaluation.sharding import require_all_processes, this_launch
 from ctxext.model.attention import running_kernels
 from ctxext.model.lora import add_lora, num_trainable
 from ctxext.model.savings import apply_savings, savings_of
@@ -35,6 +35,7 @@ from ctxext.train.checkpoint import (
 )
 from ctxext.train.metrics import MetricsFile, StepMetrics
 from ctxext.train.monitors import Monitor, StepEvent
+from ctxext.train.non_finite import NonFinitePolicy
 from ctxext.train.optimizer import make_optimizer
 from ctxext.train.schedule import learning_rate_at
 from ctxext.train.signals import StopRequest
@@ -119,6 +120,7 @@ class Trainer:
         self._folder = folder
         self._metrics = MetricsFile(folder)
         self._identity = state
+        self._non_finite = NonFinitePolicy(settings.non_finite)
         self._check_batch()
         verify_positions(model, config)
         self._kernels = running_kernels(model)
@@ -139,8 +141,8 @@ class Trainer:
         """Train from the newest checkpoint (or from the start) to the last step.
 
         Raises:
-            InterruptedRunError: a signal came; a checkpoint of the last finished step is on disk.
-            DivergedError: a non-finite loss or gradient.
+            InterruptedRunError: a signal came to any process, or time is up; the last finished step is on disk.
+            DivergedError: a loss or gradient that is not finite, as `train.non_finite` says.
         """
         first, messages = self._resume()
         hooks.on_start(
@@ -155,23 +157,21 @@ class Trainer:
         )
         every = self._settings.checkpoint_every or max(self._settings.steps // 10, 1)
         for step in range(first, self._settings.steps):
-            event = self._one_step(step)
+            event = self._one_step(step, hooks)
             self._tell(event, hooks)
             done = step + 1
-            stopping = self._any_process(stop.requested)
+            stopping = stop.agree(this_launch())
             if done % every == 0 or done == self._settings.steps or stopping:
                 self._save(done)
             if stopping and done < self._settings.steps:
                 stop.check(f"step {done} of {self._settings.steps} is saved")
-                raise ResourceError("another process of this run was stopped by a signal", where="train")
 
     def _tell(self, event: StepEvent, hooks: TrainHooks) -> None:
         metrics, is_main = event.metrics, self._accelerator.is_main_process
         if is_main:
             self._metrics.add_step(metrics)
-        self._accelerator.log(
-            {key: value for key, value in vars(metrics).items() if key not in ("step", "steps")}, step=metrics.step
-        )
+        numbers = {key: value for key, value in metrics.to_json().items() if isinstance(value, int | float)}
+        self._accelerator.log({k: v for k, v in numbers.items() if k not in ("step", "steps")}, step=metrics.step)
         hooks.on_step(metrics)
         for monitor in self._monitors:
             for line in monitor.after_step(event):
@@ -179,10 +179,10 @@ class Trainer:
                     self._metrics.add_monitor(monitor.name, metrics.step, line)
                 if "warning" in line:
                     hooks.on_note(f"step {metrics.step}: {line['warning']}")
-                numbers = {f"{monitor.name}/{k}": v for k, v in line.items() if isinstance(v, int | float)}
-                self._accelerator.log(numbers, step=metrics.step)
+                watched = {f"{monitor.name}/{k}": v for k, v in line.items() if isinstance(v, int | float)}
+                self._accelerator.log(watched, step=metrics.step)
 
-    def _one_step(self, step: int) -> StepEvent:
+    def _one_step(self, step: int, hooks: TrainHooks) -> StepEvent:
         settings = self._settings
         rate = learning_rate_at(step, settings.steps, settings.learning_rate, settings.warmup, settings.decay)
         for group in self._optimizer.param_groups:
@@ -210,6 +210,9 @@ class Trainer:
                 hint="Use train.windows_per_device=1, train.activation_checkpointing=true, train.memory.offload "
                 "or skip-wise windows; `ctxext plan` says what each saves.",
             ) from error
+        note = self._non_finite.judge(result, step + 1)
+        if note is not None:
+            hooks.on_note(note)
         seconds = time.perf_counter() - started
         metrics = StepMetrics(
             step=step + 1,
@@ -220,6 +223,7 @@ class Trainer:
             num_tokens=result.num_tokens,
             tokens_per_second=result.num_tokens / seconds,
             seconds=seconds,
+            skipped=result.skipped,
         )
         return StepEvent(metrics, windows, self._peft)
 
@@ -232,10 +236,6 @@ class Trainer:
                 got=self._settings.windows_per_step,
                 expected=f"a multiple of {unit}",
             )
-
-    def _any_process(self, flag: bool) -> bool:
-        value = torch.tensor([int(flag)], device=self._accelerator.device)
-        return bool(self._accelerator.reduce(value, "sum").item())
 
     def _resume(self) -> tuple[int, list[str]]:
         checkpoint, messages = newest_checkpoint(self._folder / "checkpoints")
@@ -253,6 +253,7 @@ class Trainer:
         set_adapter_tensors(self._peft, checkpoint.adapter, str(checkpoint.folder))
         set_optimizer_tensors(self._optimizer.optimizer, checkpoint.optimizer)
         self._set_random_state(checkpoint.random_states)
+        self._non_finite.in_a_row = checkpoint.state.skipped_in_a_row
         self._windows.restore(checkpoint.stream_state, checkpoint.state.step * self._settings.windows_per_step)
         for monitor in self._monitors:
             if monitor.name in checkpoint.monitors:
@@ -268,10 +269,9 @@ class Trainer:
     def _save(self, step: int) -> None:
         states = self._random_states()
         if self._accelerator.is_main_process:
-            identity = self._identity
             save_checkpoint(
                 self._folder / "checkpoints",
-                TrainState(step, identity.plan_id, identity.data_sha256, identity.num_processes),
+                replace(self._identity, step=step, skipped_in_a_row=self._non_finite.in_a_row),
                 adapter_tensors(self._peft),
                 optimizer_tensors(self._optimizer.optimizer),
                 states,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ class StepMetrics:
         loss: mean over the step's target tokens, of all processes.
         grad_norm: before clipping.
         seconds: of the whole step, data included.
+        skipped: why the step changed nothing; then loss or gradient norm is not finite, and no statistic may hold it.
     """
 
     step: int
@@ -30,6 +32,12 @@ class StepMetrics:
     num_tokens: int
     tokens_per_second: float
     seconds: float
+    skipped: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The line: `skipped` where a step was, and null for what JSON has no number for."""
+        values = {key: value for key, value in asdict(self).items() if key != "skipped" or value is not None}
+        return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
 
 
 class MetricsFile:
@@ -43,7 +51,7 @@ class MetricsFile:
 
     def add_step(self, metrics: StepMetrics) -> None:
         """A step's line."""
-        append_json_line(self._path, asdict(metrics))
+        append_json_line(self._path, metrics.to_json())
 
     def add_monitor(self, name: str, step: int, line: dict[str, Any]) -> None:
         """A monitor's line."""

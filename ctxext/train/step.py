@@ -6,6 +6,7 @@ Accumulation and processes therefore cannot change the gradient: 1 x 4, 4 x 1 an
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,6 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ctxext.data.packing import PackedWindow
-from ctxext.errors import DivergedError
 from ctxext.model.loss import IGNORE_INDEX, DecoderHead, token_losses
 
 
@@ -55,11 +55,18 @@ class SummedLoss(nn.Module):
 
 @dataclass(frozen=True)
 class StepResult:
-    """Mean loss per target token over all processes, and the gradient's norm before clipping."""
+    """What a step did.
+
+    Attributes:
+        loss: mean per target token over all processes; not finite where `skipped` says so.
+        grad_norm: of the whole gradient, before clipping.
+        skipped: why nothing was updated; None for a step that was done.
+    """
 
     loss: float
     grad_norm: float
     num_tokens: int
+    skipped: str | None = None
 
 
 def run_step(
@@ -72,40 +79,51 @@ def run_step(
 ) -> StepResult:
     """Forward, backward, clip and update with this process's share of the step's windows.
 
-    Raises:
-        DivergedError: a loss or gradient is not finite on any process; parameters are as before.
+    The host waits for the device once, after the backward pass. A loss or gradient that is not finite on any process
+    updates nothing on all of them; `StepResult.skipped` then says what it was.
     """
     device = accelerator.device
-    counts = torch.tensor([sum(window.num_targets for window in windows)], device=device)
-    num_targets = max(int(accelerator.reduce(counts, "sum").item()), 1)
+    targets, scale = _targets_and_scale(accelerator, sum(window.num_targets for window in windows))
     summed = torch.zeros((), dtype=torch.float32, device=device)
     batches = [windows[i : i + windows_per_device] for i in range(0, len(windows), windows_per_device)]
     for number, batch in enumerate(batches):
         inputs = _model_inputs(batch, device)
         last = number == len(batches) - 1
-        with torch.enable_grad():
-            if last:
-                loss = model(**inputs)
-                accelerator.backward(loss * (accelerator.num_processes / num_targets))
-            else:
-                with accelerator.no_sync(model):
-                    loss = model(**inputs)
-                    accelerator.backward(loss * (accelerator.num_processes / num_targets))
+        with torch.enable_grad(), nullcontext() if last else accelerator.no_sync(model):
+            loss = model(**inputs)
+            accelerator.backward(loss * scale)
         summed += loss.detach()
-    mean_loss = float(accelerator.reduce(summed, "sum").item()) / num_targets
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    grad_norm = float(accelerator.clip_grad_norm_(parameters, max_grad_norm))
-    if not (math.isfinite(mean_loss) and math.isfinite(grad_norm)):
-        optimizer.zero_grad(set_to_none=True)
-        raise DivergedError(
-            "training produced a value that is not finite, before any parameter was changed by it",
-            where="loss" if not math.isfinite(mean_loss) else "gradient norm",
-            got=f"loss {mean_loss}, gradient norm {grad_norm}",
-            hint="The last checkpoint is untouched; lower train.learning_rate or look at the data of this step.",
-        )
-    optimizer.step()
+    norm = torch.as_tensor(accelerator.clip_grad_norm_(parameters, max_grad_norm)).to(device, torch.float32)
+    # The norm is the same on all processes, but were it not, some would update and some would not: the flag is summed.
+    sums = accelerator.reduce(torch.stack([summed, (~norm.isfinite()).float()]), "sum")
+    counted = [targets[None]] if isinstance(targets, Tensor) else []
+    loss_sum, num_bad, grad_norm, *counts = torch.cat([sums, norm[None], *counted]).tolist()
+    num_targets = int(counts[0]) if counts else int(targets)
+    mean_loss = loss_sum / num_targets
+    skipped = _not_finite(mean_loss, grad_norm, num_bad)
+    if skipped is None:
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(mean_loss, grad_norm, num_targets)
+    return StepResult(mean_loss, grad_norm, num_targets, skipped)
+
+
+def _targets_and_scale(accelerator: Accelerator, own: int) -> tuple[Tensor | int, Tensor | float]:
+    """Target tokens of all processes, at least 1, and what a sum of losses is multiplied by.
+
+    Several processes count together without waiting for each other: both are tensors on the device then.
+    """
+    if accelerator.num_processes == 1:
+        return max(own, 1), 1 / max(own, 1)
+    counts = torch.tensor(own, dtype=torch.float64, device=accelerator.device)
+    total = accelerator.reduce(counts, "sum").clamp(min=1)
+    return total, (accelerator.num_processes / total).float()
+
+
+def _not_finite(mean_loss: float, grad_norm: float, num_bad: float) -> str | None:
+    if math.isfinite(mean_loss) and math.isfinite(grad_norm) and not num_bad:
+        return None
+    return f"loss {mean_loss}, gradient norm {grad_norm}"
 
 
 def _model_inputs(batch: list[PackedWindow], device: torch.device) -> dict[str, Any]:

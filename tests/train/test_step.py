@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from peft import PeftModel
 from support import SilentReporter, byte_tokenizer, make_job, tiny_config, tiny_model
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from ctxext.data.packing import PackedWindow
@@ -26,6 +27,7 @@ from ctxext.model.lora import add_lora, num_trainable
 from ctxext.pipeline.extend import extend
 from ctxext.recipe.schema import LoraBlock
 from ctxext.rope.patchers import extend_config
+from ctxext.train.non_finite import NonFinitePolicy
 from ctxext.train.schedule import learning_rate_at
 from ctxext.train.step import StepResult, SummedLoss, run_step
 
@@ -69,6 +71,7 @@ def one_step(
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
     wrapped, optimizer = accelerator.prepare(SummedLoss(model), optimizer)
     result = run_step(accelerator, wrapped, optimizer, rows, per_device, max_grad_norm)
+    NonFinitePolicy("stop").judge(result, 1)
     return result, {name: before[name] - after for name, after in trained(model).items()}
 
 
@@ -134,6 +137,32 @@ def test_gradients_are_clipped_to_the_asked_norm_and_reported_unclipped() -> Non
     assert free.grad_norm > 0.1
     assert clipped.grad_norm == pytest.approx(free.grad_norm, rel=1e-6)
     assert norm(smaller) == pytest.approx(0.01, rel=1e-3)
+
+
+class ReadNumbers(TorchDispatchMode):
+    """Counts the numbers (not truth values) that the host reads from tensors one by one, waiting for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype != torch.bool:
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_reads_no_single_number_from_the_device() -> None:
+    model = adapted_model()
+    with ReadNumbers() as read:
+        torch.ones(1).item()
+        assert read.count == 1
+        accelerator = Accelerator(cpu=True)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+        wrapped, optimizer = accelerator.prepare(SummedLoss(model), optimizer)
+        result = run_step(accelerator, wrapped, optimizer, windows(4), 2, 1.0)
+    assert result.loss > 0
+    assert read.count == 1
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
