@@ -206,6 +206,11 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def step_lines(run: Path) -> list[dict[str, Any]]:
+    """The lines of the steps in a training's `metrics.jsonl`, without those of its monitors."""
+    return [line for line in json_lines(run / "metrics.jsonl") if "monitor" not in line]
+
+
 @contextmanager
 def file_size_limit(num_bytes: int) -> Iterator[None]:
     """Writing a file beyond `num_bytes` fails as on a full disk: the kernel refuses, nothing is simulated."""

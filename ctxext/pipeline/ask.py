@@ -19,11 +19,11 @@ from ctxext.evaluation.prompt import ChatFrame
 from ctxext.evaluation.scoring import degenerate_kind, final_answer
 from ctxext.files import format_bytes
 from ctxext.model.load import choose_device, choose_dtype, load_tokenizer
+from ctxext.model.peaks import peak_resident_bytes
 from ctxext.model.placement import placement
 from ctxext.pipeline.arms import ArmSpec, OpenedArm, open_arm
 from ctxext.pipeline.documents import Document, read_documents
 from ctxext.pipeline.reporter import Reporter
-from ctxext.pipeline.run_folder import peak_memory_bytes
 from ctxext.rope.verify import verify_positions
 
 # The plain form for models without a chat template; where such a model goes on with the next question, its answer ends.
@@ -247,7 +247,7 @@ def _asked_here(
         stops=answerer.stop_ids,
         prefill_seconds=clock() - started,
         answer_seconds=finished - clock(),
-        peak_bytes=peak_memory_bytes(),
+        peak_bytes=peak_resident_bytes(),
         device=str(device),
         dtype=str(model.dtype).removeprefix("torch."),
     )
@@ -328,7 +328,7 @@ def _asked_elsewhere(
         stops=stops,
         prefill_seconds=None,
         answer_seconds=time.perf_counter() - started,
-        peak_bytes=peak_memory_bytes() if here else None,
+        peak_bytes=peak_resident_bytes() if here else None,
         device="here" if here else "server",
         dtype=str(dtype).removeprefix("torch.") if here else "unknown",
         finish_reason=getattr(answer, "facts", {}).get("finish_reason"),

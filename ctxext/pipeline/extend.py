@@ -340,7 +340,7 @@ def _train(job: _Job, method: RopeMethod, folder: Path, adapter: Path, title: st
     windows, data_sha256 = _windows(job)
     config = _config_for(job, method)
     state = TrainState(0, job.plan.plan_id, data_sha256, job.accelerator.num_processes)
-    monitors = make_monitors(job.recipe, config, job.device)
+    monitors = make_monitors(job.recipe, config, job.device, job.dtype, job.plan.original_length)
     trainer = Trainer(job.accelerator, _load(job, config), config, windows, job.recipe, folder, state, monitors)
     if job.recipe.train.trackers:
         job.accelerator.init_trackers(method.method, config={"plan_id": job.plan.plan_id})

@@ -13,11 +13,12 @@ from ctxext.evaluation.arms import Arm
 from ctxext.evaluation.cells import Over
 from ctxext.evaluation.report import ReportFacts, terminal_table
 from ctxext.files import format_bytes
+from ctxext.model.peaks import peak_resident_bytes
 from ctxext.pipeline.console import ConsoleReporter, duration
 from ctxext.pipeline.evaluate import gather_evaluation, report_evaluation
 from ctxext.pipeline.extend import estimated_run_seconds, output_folder
 from ctxext.pipeline.report import gather, record_baseline, report_baseline, report_run
-from ctxext.pipeline.run_folder import FACTS_NAME, RunFolder, peak_memory_bytes
+from ctxext.pipeline.run_folder import FACTS_NAME, RunFolder
 from ctxext.pipeline.stages import stages_of
 from ctxext.pipeline.stored_runs import derive_results
 from ctxext.planning.memory_plan import plan_memory
@@ -33,7 +34,7 @@ def print_summary(console: Console, folder: Path) -> None:
     console.print()
     _print_conclusions(console, facts, arms)
     total = sum(run.status()["stages"].values())
-    peak = peak_memory_bytes()
+    peak = peak_resident_bytes()
     memory = f", peak memory {format_bytes(peak)}" if peak else ""
     console.print(f"\nTime: {duration(total)}{memory}", markup=False)
     console.print(f"Merged checkpoint: {run.merged}", markup=False, soft_wrap=True)

@@ -132,6 +132,7 @@ def make_plan(recipe: Recipe) -> Plan:
     decisive = recipe.model_dump(mode="json")
     for key in _WITHOUT_EFFECT:
         decisive["train"].pop(key)
+    decisive["train"]["monitors"].pop("attention_every")
     for key in ("output_dir", "evaluation", "parallel"):
         decisive.pop(key)
     # Of the savings, only tiles change what is computed, and only in the last bits.

@@ -14,7 +14,7 @@ import pytest
 import torch
 from accelerate import debug_launcher
 from safetensors.torch import load_file
-from support import SilentReporter, child_environment, json_lines, make_job
+from support import SilentReporter, child_environment, make_job, step_lines
 
 from ctxext.errors import ResourceError, UsageError
 from ctxext.pipeline.extend import extend
@@ -69,7 +69,7 @@ def test_there_were_really_two_processes(runs: tuple[Path, Path]) -> None:
 
 
 def test_two_processes_give_the_losses_and_weights_of_one(runs: tuple[Path, Path]) -> None:
-    one, two = (json_lines(run / "metrics.jsonl") for run in runs)
+    one, two = (step_lines(run) for run in runs)
     assert [line["step"] for line in two] == [1, 2, 3]
     for mine, theirs in zip(two, one, strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-5)

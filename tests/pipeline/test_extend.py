@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from support import Job, SilentReporter, byte_tokenizer, json_lines, make_job, write_suite
+from support import Job, SilentReporter, byte_tokenizer, json_lines, make_job, step_lines, write_suite
 
 from ctxext.errors import ArtefactError, CtxextError, RecipeError, UsageError
 from ctxext.evaluation.results import derived_results
@@ -75,7 +75,7 @@ def test_the_small_files_say_what_was_done(finished: tuple[Job, SilentReporter])
     assert recipe_of(str(job.output / "recipe.yaml"), []) == job.recipe(*ALL_ARMS)
     environment = json.loads((job.output / "environment.json").read_text())
     assert {"torch", "transformers", "peft"} <= set(environment["packages"])
-    assert [line["step"] for line in json_lines(job.output / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert [line["step"] for line in step_lines(job.output)] == [1, 2, 3, 4]
     for folder in ("checkpoints/step-000002", "checkpoints/step-000004", "adapter", "merged", "control/adapter"):
         verify_manifest(job.output / folder)
 
@@ -103,7 +103,7 @@ def test_the_control_arm_has_the_same_training_without_the_rewrite(finished: tup
     assert kept["rope_parameters"] == {"rope_type": "default", "rope_theta": 10000.0}
     assert kept["max_position_embeddings"] == extended["max_position_embeddings"] == 256
     assert extended["rope_parameters"]["rope_type"] == "yarn"
-    mine, theirs = (json_lines(job.output / part / "metrics.jsonl") for part in ("", "control"))
+    mine, theirs = (step_lines(job.output / part) for part in ("", "control"))
     assert [line["num_tokens"] for line in mine] == [line["num_tokens"] for line in theirs]
     assert [line["loss"] for line in mine] != [line["loss"] for line in theirs]
     assert [start.verification.attention_factor for start in reporter.starts] == [pytest.approx(1.0693, abs=1e-4), 1.0]
@@ -235,7 +235,7 @@ def test_full_length_windows_with_records_facts_train_and_report_their_share(tmp
     facts, _ = gather(RunFolder(job.output), job.recipe())
     assert (facts.facts_share, facts.facts_style) == (1.0, "records")
     assert "full-length windows of 256 tokens" in facts.windows
-    assert json_lines(job.output / "metrics.jsonl")[0]["num_tokens"] == 2 * 255
+    assert step_lines(job.output)[0]["num_tokens"] == 2 * 255
 
 
 def test_a_recorded_baseline_reads_back_as_recorded_arms(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from support import Job, SilentReporter, json_lines, make_job
+from support import Job, SilentReporter, make_job, step_lines
 
 from ctxext.errors import RecipeError, UsageError
 from ctxext.files import read_json
@@ -41,8 +41,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, SilentRepor
 def test_every_stage_trains_and_the_last_one_is_the_run(finished: tuple[Job, SilentReporter]) -> None:
     job, _ = finished
     first, last = job.output / "stages" / "1", job.output
-    assert len(json_lines(first / "metrics.jsonl")) == 2
-    assert len(json_lines(last / "metrics.jsonl")) == 4
+    assert len(step_lines(first)) == 2
+    assert len(step_lines(last)) == 4
     assert read_json(last / "status.json")["exit_code"] == 0
     assert (last / "report" / "index.html").is_file()
     assert not (first / "eval").exists()

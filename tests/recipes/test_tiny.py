@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
-from support import child_environment, cli, json_lines, write_suite
+from support import child_environment, cli, json_lines, step_lines, write_suite
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ctxext.evaluation.statistics import PairedComparison, mcnemar
@@ -89,8 +89,8 @@ def test_the_whole_job_ends_well(tiny_run: TinyRun) -> None:
     stages = ["evaluate-base", "evaluate-untrained", "train", "merge", "control", "report"]
     assert list(status["stages"]) == stages
     recipe = yaml.safe_load((shipped_directory("recipes") / "tiny.yaml").read_text())
-    for metrics in (tiny_run.output / "metrics.jsonl", tiny_run.output / "control" / "metrics.jsonl"):
-        assert len(json_lines(metrics)) == recipe["train"]["steps"], "both arms train for the same number of steps"
+    for arm in (tiny_run.output, tiny_run.output / "control"):
+        assert len(step_lines(arm)) == recipe["train"]["steps"], "both arms train for the same number of steps"
     for folder in ARMS.values():
         assert (
             len(json_lines(tiny_run.output / "eval" / folder / "samples.jsonl")) == len(LENGTHS) * len(DEPTHS) * SAMPLES

@@ -6,7 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
-from support import SilentReporter, json_lines, make_job
+from support import SilentReporter, make_job, step_lines
 
 from ctxext.pipeline.extend import extend
 
@@ -16,7 +16,7 @@ SETTINGS = ("data.cache=none", "train.checkpoint_every=2", "train.keep_checkpoin
 def test_a_streamed_run_goes_on_exactly(tmp_path: Path) -> None:
     job = make_job(tmp_path)
     extend(job.recipe(*SETTINGS), SilentReporter(), last_stage="train")
-    expected = json_lines(job.output / "metrics.jsonl")
+    expected = step_lines(job.output)
     assert [line["step"] for line in expected] == [1, 2, 3, 4]
     state = json.loads((job.output / "checkpoints" / "step-000002" / "stream.json").read_text())
     assert state["read"] == 4
@@ -26,7 +26,7 @@ def test_a_streamed_run_goes_on_exactly(tmp_path: Path) -> None:
     shutil.rmtree(interrupted / "adapter")
     shutil.rmtree(interrupted / "checkpoints" / "step-000004")
     extend(job.recipe(*SETTINGS, f"output_dir={interrupted}"), SilentReporter(), last_stage="train")
-    again = json_lines(interrupted / "metrics.jsonl")
+    again = step_lines(interrupted)
     assert [line["loss"] for line in again] == [line["loss"] for line in expected]
     assert [line["grad_norm"] for line in again] == [line["grad_norm"] for line in expected]
 
@@ -36,7 +36,7 @@ def test_isolated_documents_and_best_fit_windows_train(tmp_path: Path) -> None:
     windows = '{"mode": "full-length", "packing": "best-fit", "positions": "per-document"}'
     recipe = job.recipe(f"data.windows={windows}", "data.length.allow_short=true", "data.facts=null")
     extend(recipe, SilentReporter(), last_stage="train")
-    lines = json_lines(job.output / "metrics.jsonl")
+    lines = step_lines(job.output)
     assert len(lines) == 4
     # Padding and the first tokens of documents are no targets.
     assert all(line["num_tokens"] < 2 * 255 for line in lines)
