@@ -105,6 +105,15 @@ def merge(
     adapter: Annotated[str, typer.Argument(help="Run folder, or adapter folder written by ctxext.")],
     destination: Annotated[str, typer.Argument(help="New folder for the plain checkpoint.")],
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    scale: Annotated[float, typer.Option(help="Make the adapter weaker (0.5) or stronger (1.5).")] = 1.0,
+    onto: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Add the adapter to a sibling of its base, such as its instruction-tuned model.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Merge an adapter into its base: a plain checkpoint, read back and compared."""
     from pathlib import Path
@@ -114,7 +123,7 @@ def merge(
     folder = Path(adapter)
     if (folder / "adapter").is_dir():
         folder = folder / "adapter"
-    proof = merge_adapter(folder, Path(destination), dtype)
+    proof = merge_adapter(folder, Path(destination), dtype, scale=scale, onto=onto)
     reporter = _reporter()
     for line in proof.summary():
         reporter.info(line)

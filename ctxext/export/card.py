@@ -26,6 +26,7 @@ from ctxext.errors import ArtefactError, CtxextError
 from ctxext.evaluation.arms import ARM_FOLDERS, CONTROL_TASK
 from ctxext.evaluation.cells import length_label
 from ctxext.export.markdown import Markdown, code, escape, fenced
+from ctxext.export.placement import SCALE_KEY, TRAINED_ON_KEY
 from ctxext.files import (
     MANIFEST_NAME,
     read_json,
@@ -456,6 +457,8 @@ def _render(
         rope=yaml.safe_dump(_shortened(text.get("rope_parameters")), sort_keys=False),
         states_attention_factor="attention_factor" in str(text.get("rope_parameters")),
         on_existing=provenance.get("on_existing") or "refuse",
+        scale=float(provenance.get(SCALE_KEY, 1.0)),
+        trained_on=describe_base(provenance[TRAINED_ON_KEY]) if TRAINED_ON_KEY in provenance else None,
         original=int(provenance["original_length"]),
         target=int(provenance["target_length"]),
         model_type=str(text.get("model_type")),

@@ -23,6 +23,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ctxext.errors import ArtefactError, ResourceError
 from ctxext.export.checkpoint import write_both_forms
+from ctxext.export.placement import ADAPTER_WEIGHTS, Placement, place_adapter
 from ctxext.export.proof import (
     COMPUTED,
     ROUNDED_WEIGHTS,
@@ -65,10 +66,6 @@ from ctxext.rope.portable import exported_form, fold_edits
 from ctxext.rope.verify import verify_positions
 from ctxext.train.adapter import (
     PROVENANCE_NAME,
-    adapter_config,
-    base_of,
-    load_adapter,
-    read_provenance,
     set_adapter_tensors,
     tensor_write_errors,
 )
@@ -86,7 +83,6 @@ __all__ = [
     "write_merged",
 ]
 
-_ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _PEFT_PREFIX = "base_model.model."
 _GENERATION_NAME = "generation_config.json"
 # Starting values that leave the base's weights alone; the others (PiSSA, LoftQ ...) subtract something from them.
@@ -113,7 +109,9 @@ class _StreamPlan:
     targets: Mapping[str, LoraTarget]
 
 
-def merge_adapter(adapter: Path, destination: Path, dtype: str = "auto") -> MergeProof:
+def merge_adapter(
+    adapter: Path, destination: Path, dtype: str = "auto", *, scale: float = 1.0, onto: str | None = None
+) -> MergeProof:
     """Merge a stored adapter into its base, streamed where that is possible (the proof says which way and why).
 
     Args:
@@ -121,33 +119,35 @@ def merge_adapter(adapter: Path, destination: Path, dtype: str = "auto") -> Merg
         destination: new folder.
         dtype: of the merged weights. `auto` keeps the dtype that the base is stored in; merged in memory, it is what
             the device computes best in.
+        scale: what the adapter's change is multiplied by.
+        onto: another model than the adapter's base, see `ctxext.export.placement`.
 
     Raises:
-        ArtefactError: the folder is no adapter of ctxext, is damaged, does not fit its base, or the destination exists.
+        ArtefactError: the folder is no adapter of ctxext, is damaged, does not fit its base or `onto`, or the
+            destination exists.
+        UsageError: a scale that makes no sense for this adapter.
         ResourceError: not enough disk.
     """
     device = choose_device()
     chosen_dtype = choose_dtype(dtype, device)
     refuse_existing(destination)
-    provenance = read_provenance(adapter)
-    config = adapter_config(adapter)
-    source = base_of(provenance)
+    placement = place_adapter(adapter, scale=scale, onto=onto)
     try:
-        base_folder = safetensors_folder(source)
+        base_folder = safetensors_folder(placement.source)
         if dtype != "auto":
             _require_dtype(checkpoint_tensors(base_folder), chosen_dtype)
-        return merge_streamed(adapter, base_folder, destination)
+        return merge_streamed(placement, base_folder, destination)
     except NotStreamableError as error:
         reason = error.what
-    model = load_model(source, config, dtype=chosen_dtype, device=device)
-    verify_positions(model, config)
-    wrapped = load_adapter(adapter, model)
-    _, proof = write_merged(destination, wrapped, load_tokenizer(source), provenance)
-    return replace(proof, way=f"merged in memory, not streamed: {reason}")
+    model = load_model(placement.source, placement.config, dtype=chosen_dtype, device=device)
+    verify_positions(model, placement.config)
+    wrapped = placement.apply(model)
+    _, proof = write_merged(destination, wrapped, load_tokenizer(placement.source), placement.provenance)
+    return replace(proof, way=f"merged in memory, not streamed: {reason}", warnings=placement.warnings)
 
 
 def merge_streamed(
-    adapter: Path,
+    adapter: Path | Placement,
     base_folder: Path,
     destination: Path,
     *,
@@ -157,7 +157,7 @@ def merge_streamed(
     """Merge file by file, holding a block of rows at a time.
 
     Args:
-        adapter: folder written by ctxext.
+        adapter: folder written by ctxext, or what `place_adapter` made of it.
         base_folder: the base's safetensors (for a hub model: its snapshot).
         destination: new folder.
         link: hard-link weight files that the adapter does not touch; see `ctxext.export.stream` for what that means.
@@ -170,24 +170,24 @@ def merge_streamed(
         ResourceError: not enough disk.
     """
     refuse_existing(destination)
-    provenance = read_provenance(adapter)
-    source = _same_base(provenance, base_folder)
-    plan = _plan(adapter, base_folder)
-    tokenizer = load_tokenizer(source)
+    placement = place_adapter(adapter) if isinstance(adapter, Path) else adapter
+    _require_weights_of(placement, base_folder)
+    plan = _plan(placement, base_folder)
+    tokenizer = load_tokenizer(placement.source)
     with directory_atomic(destination) as partial:
         edits = {name: _edit(target) for name, target in plan.targets.items()}
         report = stream_weights(base_folder, partial, edits, link=link)
         _write_config(partial, plan, base_folder)
-        _write_companions(partial, tokenizer, provenance)
+        _write_companions(partial, tokenizer, placement.provenance)
         shown = prove_by_samples(partial, plan.weights, plan.targets, plan.config, destination)
         device = device_for_logits(plan.weights.num_parameters, choose_device())
         if proof == "logits" or (proof == "auto" and device is not None):
             difference = _prove_by_logits(
-                partial, adapter, source, plan, tokenizer, device or torch.device("cpu"), destination
+                partial, placement, plan, tokenizer, device or torch.device("cpu"), destination
             )
             shown = replace(shown, largest_logit_difference=difference)
         write_manifest(partial, kind="merged")
-    return replace(shown, way=f"merged file by file; {report.summary()}")
+    return replace(shown, way=f"merged file by file; {report.summary()}", warnings=placement.warnings)
 
 
 def write_merged(
@@ -323,18 +323,12 @@ def _require_dtype(weights: StoredWeights, asked: torch.dtype) -> None:
         raise NotStreamableError(f"the base is stored in another dtype than {asked}", where=str(weights.folder))
 
 
-def _same_base(provenance: dict[str, Any], base_folder: Path) -> ModelSource:
-    """The adapter's base, after checking that `base_folder` holds its weights.
-
-    Raises:
-        ArtefactError: other weights.
-    """
-    source = base_of(provenance)
-    location, expected = Path(source.location), provenance["base"].get("fingerprint")
+def _require_weights_of(placement: Placement, base_folder: Path) -> None:
+    """Raise an ArtefactError when `base_folder` holds other weights than those the adapter is to be added to."""
+    location, expected = Path(placement.source.location), placement.provenance["base"].get("fingerprint")
     if location.is_dir() and location.resolve() != base_folder.resolve() and expected is not None:
-        actual = weights_fingerprint(
-            ModelSource(source.name, str(base_folder)), load_config(ModelSource(source.name, str(base_folder)))
-        )
+        source = ModelSource(placement.source.name, str(base_folder))
+        actual = weights_fingerprint(source, load_config(source))
         if actual != expected:
             raise ArtefactError(
                 "the base model's weights are not the ones that were trained on",
@@ -342,17 +336,16 @@ def _same_base(provenance: dict[str, Any], base_folder: Path) -> ModelSource:
                 got=actual,
                 expected=f"weights with the fingerprint {expected}",
             )
-    return source
 
 
-def _plan(adapter: Path, base_folder: Path) -> _StreamPlan:
+def _plan(placement: Placement, base_folder: Path) -> _StreamPlan:
     """Match the adapter with the checkpoint's tensors; nothing is loaded but headers.
 
     Raises:
         NotStreamableError: the merge must be done in memory.
         ArtefactError: adapter and base do not fit together.
     """
-    config = adapter_config(adapter)
+    adapter, config = placement.adapter, placement.config
     lora = LoraConfig.from_pretrained(str(adapter))
     if lora.init_lora_weights not in _PLAIN_STARTS:
         raise NotStreamableError(f"the adapter changes its base at the start ({lora.init_lora_weights})")
@@ -371,7 +364,7 @@ def _plan(adapter: Path, base_folder: Path) -> _StreamPlan:
     with quiet():
         wrapped = get_peft_model(skeleton, lora, low_cpu_mem_usage=True)
     assert isinstance(wrapped, PeftModel)
-    file = adapter / _ADAPTER_WEIGHTS
+    file = adapter / ADAPTER_WEIGHTS
     places = read_header(file)
     stand_ins = {name: torch.empty(info.shape, device="meta") for name, info in places.items()}
     set_adapter_tensors(wrapped, stand_ins, str(adapter))
@@ -383,7 +376,8 @@ def _plan(adapter: Path, base_folder: Path) -> _StreamPlan:
         if name in tied:
             raise NotStreamableError(f"{name} is shared with another layer")
         _require_shape(weights, name, parameters[name])
-        targets[name] = LoraTarget(file, places[f"{layer}.lora_A.weight"], places[f"{layer}.lora_B.weight"], scaling)
+        a, b = places[f"{layer}.lora_A.weight"], places[f"{layer}.lora_B.weight"]
+        targets[name] = LoraTarget(file, a, b, scaling * placement.scale)
     return _StreamPlan(weights, config, skeleton, targets)
 
 
@@ -454,8 +448,7 @@ def _edit(target: LoraTarget) -> RowwiseEdit:
 
 def _prove_by_logits(
     folder: Path,
-    adapter: Path,
-    source: ModelSource,
+    placement: Placement,
     plan: _StreamPlan,
     tokenizer: Any,
     device: torch.device,
@@ -467,9 +460,9 @@ def _prove_by_logits(
     """
     probe, target_length = probe_ids(tokenizer), int(text_config(plan.config).max_position_embeddings)
     tolerance = max(ROUNDED_WEIGHTS[FLOAT_TYPES[plan.weights.tensors[name].dtype]] for name in plan.targets)
-    model = load_model(source, plan.config, dtype=torch.float32, device=device)
+    model = load_model(placement.source, plan.config, dtype=torch.float32, device=device)
     verify_positions(model, plan.config)
-    expected = probe_logits(load_adapter(adapter, model).eval(), probe, target_length)
+    expected = probe_logits(placement.apply(model).eval(), probe, target_length)
     del model
     reloaded = read_back(folder, torch.float32, device)
     verify_positions(reloaded, plan.config)

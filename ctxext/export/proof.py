@@ -65,6 +65,7 @@ class MergeProof:
         verification: of the positions that the written config gives.
         way: how it was merged, and why not otherwise.
         num_merged_tensors, num_other_tensors: compared by samples; 0 after a merge in memory.
+        warnings: what else a user must know.
     """
 
     folder: Path
@@ -73,9 +74,10 @@ class MergeProof:
     way: str = "merged in memory"
     num_merged_tensors: int = 0
     num_other_tensors: int = 0
+    warnings: tuple[str, ...] = ()
 
     def summary(self) -> list[str]:
-        """Lines for people: how it was merged, what was compared, positions."""
+        """Lines for people: how it was merged, what was compared, positions, warnings."""
         lines = [self.way]
         if self.num_merged_tensors:
             lines.append(
@@ -88,7 +90,7 @@ class MergeProof:
             else f"merged checkpoint read back by stock transformers: largest logit difference to base + adapter "
             f"{self.largest_logit_difference:.1e}"
         )
-        return [*lines, self.verification.summary()]
+        return [*lines, self.verification.summary(), *(f"warning: {warning}" for warning in self.warnings)]
 
 
 @dataclass(frozen=True)

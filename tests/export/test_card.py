@@ -123,6 +123,19 @@ def patched(tmp_path: Path) -> Path:
     return folder
 
 
+def test_a_card_says_how_strong_the_adapter_was_merged_and_what_it_was_trained_on(run: Path) -> None:
+    _, plain = split_card(write_card(run))
+    assert not any("Adapter" in row[0] for table in tables(plain) for row in table)
+    path = run / "merged" / "ctxext.json"
+    trained_on = {"source": "/home/somebody/secret/base-model", "revision": None, "fingerprint": "0"}
+    write_json_atomic(path, {**json.loads(path.read_text()), "adapter_scale": 0.5, "adapter_trained_on": trained_on})
+    _, tokens = split_card(write_card(run))
+    rows = {row[0]: row[1] for table in tables(tokens) for row in table}
+    assert rows["Adapter scale"].startswith("0.5 of")
+    assert "base-model" in rows["Adapter trained on"]
+    assert "secret" not in rows["Adapter trained on"]
+
+
 def test_the_front_matter_is_what_the_hub_reads(run: Path) -> None:
     card = write_card(run)
     data = ModelCard(card.read_text(encoding="utf-8")).data
