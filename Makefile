@@ -60,12 +60,13 @@ test-readers: $(STAMP)
 
 # Ratios within one run: memory of patching and merging multi-GB checkpoints, windowed attention, the evaluation engine
 # against plain generate (about 20 minutes of one core), the data side (about a minute; without --large 0 half an hour).
-# tests/benchmarks/bench_harness.py needs the extra `harness`.
+# tests/benchmarks/bench_harness.py needs the extra `harness`, bench_train.py compares with TRL where `bench` is installed.
 bench: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/bench_engine.py
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/bench_engine.py --fast --samples 1
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/bench_data.py --large 0
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/bench_memory.py --shapes
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/bench_train.py --checkpointing on
 	$(BIN)/python tests/benchmarks/bench_patch.py
 	$(BIN)/python tests/benchmarks/bench_windowed.py
 

@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -166,8 +167,20 @@ def load_config(source: ModelSource) -> PreTrainedConfig:
         ArtefactError: not reachable or not readable.
         UnsupportedModelError: it asks for code from the model's repository.
     """
+    return plain_config(_read_config(source, _changed_at(source)))
+
+
+def _changed_at(source: ModelSource) -> int | None:
+    """When the file that holds the config was written; None on the hub."""
+    path = Path(source.location, source.gguf_file or "config.json")
+    return path.stat().st_mtime_ns if path.is_file() else None
+
+
+# Reading a GGUF file's config takes seconds, for its vocabulary is read on the way, and a plan asks many times.
+@lru_cache(maxsize=4)
+def _read_config(source: ModelSource, changed_at: int | None) -> PreTrainedConfig:
     try:
-        config = AutoConfig.from_pretrained(source.location, **source.arguments())
+        config: PreTrainedConfig = AutoConfig.from_pretrained(source.location, **source.arguments())
     except CtxextError:
         raise
     except ValueError as error:
@@ -184,7 +197,7 @@ def load_config(source: ModelSource) -> PreTrainedConfig:
             where=source.name,
             hint="Check the name, and the connection to the hub if it is a hub id.",
         ) from error
-    return plain_config(config)
+    return config
 
 
 def plain_config(config: PreTrainedConfig) -> PreTrainedConfig:

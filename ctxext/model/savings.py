@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,9 +11,10 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 
 from ctxext.model.offload import already_on_host, nothing_to_offload, offload_layer_inputs
-from ctxext.model.tiling import tile_modules
+from ctxext.model.tiling import tile_modules, untile_modules
 from ctxext.recipe.schema import TrainBlock
 
 
@@ -79,6 +81,22 @@ def apply_savings(model: PeftModel, savings: Savings) -> None:
         offload_layer_inputs(base)
     if savings.tile_tokens is not None:
         tile_modules(model, savings.tile_tokens)
+
+
+@contextmanager
+def without_savings(model: nn.Module, savings: Savings) -> Iterator[None]:
+    """A model that `apply_savings` was called for, as if it had not been, for as long as the context is open."""
+    checkpointed = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    for module in checkpointed:
+        module.gradient_checkpointing = False  # type: ignore[assignment]  # annotated as if all attributes were tensors
+    untile_modules(model)
+    try:
+        yield
+    finally:
+        for module in checkpointed:
+            module.gradient_checkpointing = True  # type: ignore[assignment]
+        if savings.tile_tokens is not None:
+            tile_modules(model, savings.tile_tokens)
 
 
 def _drop_adapter_input_casts(model: PeftModel) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -82,6 +82,30 @@ def plan_memory(recipe: Recipe, objective: Objective, sharding: Sharding = ONE_D
     except UnsupportedModelError as error:
         return MemoryPlan(None, error.what, device.kind, dtype, words, device.num_bytes, device.name, [])
     return MemoryPlan(traced.to_json(), None, device.kind, dtype, words, device.num_bytes, device.name, advice)
+
+
+def traced_step(
+    recipe: Recipe, objective: Objective, savings: Savings, sharding: Sharding = ONE_DEVICE
+) -> StepMemory | None:
+    """The recipe's step with other savings on this machine; None where it cannot be traced."""
+    tracer = _Tracer(recipe, objective, sharding, _device_of(recipe))
+    try:
+        return tracer.trace_savings(savings, recipe.train.windows_per_device, tracer.window_tokens)
+    except UnsupportedModelError:
+        return None
+
+
+def advice_when_out_of_memory(recipe: Recipe, objective: Objective, sharding: Sharding = ONE_DEVICE) -> list[str]:
+    """What to change, in order, for a step that ran out of memory, whether or not the trace had said that it fits."""
+    device = _device_of(recipe)
+    tracer = _Tracer(recipe, objective, sharding, device)
+    try:
+        needed = tracer.trace(recipe.train)
+        # What failed has to become smaller, by as much as the device is really smaller than it was taken for.
+        room = min(device.num_bytes, int(_WORTHWHILE * needed.peak_bytes / _USABLE))
+        return list(_advice(recipe, tracer, replace(device, num_bytes=room)))
+    except UnsupportedModelError:
+        return []
 
 
 class _Tracer:

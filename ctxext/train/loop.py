@@ -21,6 +21,7 @@ from ctxext.data.windows import TrainingWindows
 from ctxext.errors import ResourceError, UsageError
 from ctxext.evaluation.sharding import require_all_processes, this_launch
 from ctxext.model.attention import running_kernels
+from ctxext.model.host_memory import freed_memory_kept
 from ctxext.model.lora import add_lora, num_trainable
 from ctxext.model.savings import apply_savings, savings_of
 from ctxext.recipe.schema import Recipe
@@ -144,6 +145,10 @@ class Trainer:
             InterruptedRunError: a signal came to any process, or time is up; the last finished step is on disk.
             DivergedError: a loss or gradient that is not finite, as `train.non_finite` says.
         """
+        with freed_memory_kept(self._accelerator.device):
+            self._run(hooks, stop)
+
+    def _run(self, hooks: TrainHooks, stop: StopRequest) -> None:
         first, messages = self._resume()
         hooks.on_start(
             TrainStart(

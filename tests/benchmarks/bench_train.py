@@ -319,9 +319,7 @@ def main() -> None:
     base = load_model(resolve_source(SMOLLM2), config, dtype=torch.float32, device=torch.device("cpu"))
     ways = {"on": [True], "off": [False], "both": [True, False]}[arguments.checkpointing]
     lines: list[dict[str, Any]] = []
-    print(
-        "| trainer | tokens | checkpointing | tokens per CPU second | ctxext is faster by | largest difference of a loss |"
-    )
+    print("| trainer | tokens | checkpointing | tokens per CPU second | its time / ours | largest loss difference |")
     for tokens in arguments.tokens:
         for way in ways:
             for row in compare_speed(base, config, tokens, way, arguments.steps, arguments.rounds):
