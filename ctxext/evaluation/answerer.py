@@ -33,7 +33,8 @@ from ctxext.evaluation.trunk import (
 from ctxext.model.attention import running_kernels
 from ctxext.model.cache import RewindableCache
 from ctxext.model.causal import supports_chunked, using_chunked
-from ctxext.model.loss import DecoderHead, token_losses
+from ctxext.model.loss import DecoderHead
+from ctxext.model.loss_proof import prove_loss
 from ctxext.model.placement import input_device
 from ctxext.rope.families import head_dim, text_config
 
@@ -60,6 +61,7 @@ class Answerer:
 
     Raises:
         UsageError: a batch size that is none.
+        UnsupportedModelError: losses that would not be the model's own.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Answerer:
         self.model = model
         self.tokenizer = tokenizer
         self.work = Work()
+        prove_loss(model)
         self._parts = DecoderHead(model)
         self._device = input_device(model)
         self.stop_ids = stop_ids(model, tokenizer)
@@ -259,7 +262,7 @@ class Answerer:
         flat, flat_targets = hidden.flatten(0, 1), targets.flatten()
         for start in range(0, len(flat_targets), _LOSS_TOKENS):
             part = slice(start, start + _LOSS_TOKENS)
-            pieces.append(token_losses(flat[part], self._parts.head, flat_targets[part]).cpu())
+            pieces.append(self._parts.token_losses(flat[part], flat_targets[part]).cpu())
         return torch.cat(pieces).view(targets.shape)
 
     def _decode(
@@ -273,7 +276,7 @@ class Answerer:
         answers: list[list[int]] = [[] for _ in hidden]
         going = set(range(len(answers)))
         while True:
-            tokens = self._parts.head(hidden).argmax(-1).to(self._device)
+            tokens = self._parts.logits(hidden).argmax(-1).to(self._device)
             # Rows advance together, so all keep what the least lucky one has verified.
             agreed = int((tokens[:, :-1] == guesses).all(dim=0).long().cumprod(0).sum())
             if guesses.shape[1]:

@@ -86,6 +86,13 @@ def tiled(
     return result
 
 
+def autocast_as_now(device_type: str) -> Callable[[], AbstractContextManager[Any]]:
+    """What brings today's autocast back later. Weights cast then are not cached: their casts have no gradients."""
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return nullcontext
+    return partial(torch.autocast, device_type, torch.get_autocast_dtype(device_type), cache_enabled=False)
+
+
 def _token_wise_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Those of the decoder's layers, and what stands beside the layers: the last norm."""
     for path, decoder in model.named_modules():
@@ -145,14 +152,7 @@ class _Call:
         self.tiles = [(start, min(starts.step, starts.stop - start)) for start in starts]
         if first.is_meta:
             self.tiles = self.tiles[:_TRACED_TILES]
-        has_autocast = self._device_type != "meta" and torch.is_autocast_enabled(self._device_type)
-        self._autocast = torch.get_autocast_dtype(self._device_type) if has_autocast else None
-
-    def precision(self) -> AbstractContextManager[Any]:
-        """The caller's autocast. Weights cast here are not cached: they were cast without gradients."""
-        if self._autocast is None:
-            return nullcontext()
-        return torch.autocast(self._device_type, dtype=self._autocast, cache_enabled=False)
+        self.precision = autocast_as_now(self._device_type)
 
     def pieces(self, tensors: tuple[Tensor, ...], start: int, count: int) -> list[Tensor]:
         """One tile of every tensor, as views."""

@@ -23,6 +23,7 @@ from ctxext.evaluation.sharding import require_all_processes, this_launch
 from ctxext.model.attention import running_kernels
 from ctxext.model.host_memory import freed_memory_kept
 from ctxext.model.lora import add_lora, num_trainable
+from ctxext.model.loss_proof import prove_loss
 from ctxext.model.savings import apply_savings, savings_of
 from ctxext.recipe.schema import Recipe
 from ctxext.rope.verify import RopeVerification, verify_positions
@@ -124,6 +125,7 @@ class Trainer:
         self._non_finite = NonFinitePolicy(settings.non_finite)
         self._check_batch()
         verify_positions(model, config)
+        prove_loss(model)
         self._kernels = running_kernels(model)
         self._peft: PeftModel = add_lora(model, recipe.lora, settings.seed)
         self._peft.train()

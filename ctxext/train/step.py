@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ctxext.data.packing import PackedWindow
-from ctxext.model.loss import IGNORE_INDEX, DecoderHead, token_losses
+from ctxext.model.loss import IGNORE_INDEX, DecoderHead
 
 
 class SummedLoss(nn.Module):
@@ -50,7 +50,7 @@ class SummedLoss(nn.Module):
         targets[:, :-1] = input_ids[:, 1:]
         if learned is not None:
             targets[:, :-1].masked_fill_(~learned[:, 1:], IGNORE_INDEX)
-        return token_losses(hidden.flatten(0, 1), parts.head, targets.flatten()).sum()
+        return parts.summed_loss(hidden.flatten(0, 1), targets.flatten())
 
 
 @dataclass(frozen=True)

@@ -365,7 +365,7 @@ def test_out_of_memory_in_training_is_a_resource_error_with_advice(
     def exhausted(*arguments: Any, **settings: Any) -> Any:
         raise torch.OutOfMemoryError("tried to allocate too much")
 
-    monkeypatch.setattr("ctxext.train.step.token_losses", exhausted)
+    monkeypatch.setattr("ctxext.model.loss.token_losses", exhausted)
     job = make_job(tmp_path)
     with pytest.raises(CtxextError, match=r"out of memory in training step 1.*activation_checkpointing"):
         extend(job.recipe(), SilentReporter(), last_stage="train")
