@@ -35,6 +35,7 @@ from transformers.modeling_flash_attention_utils import FLASH_ATTENTION_COMPATIB
 from ctxext.errors import ResourceError, UnsupportedModelError, UsageError
 from ctxext.files import format_bytes
 from ctxext.model.documents import DOCUMENTS
+from ctxext.model.load import choose_device, choose_dtype
 from ctxext.recipe.schema import Recipe
 from ctxext.rope.families import text_config
 
@@ -52,7 +53,7 @@ _FLASH_PACKAGES = {
 }
 _ORDER = ("sdpa", DOCUMENTS, *_FLASH, "flex_attention")
 # Of a CUDA device's compute capability, the least that the package's kernels run on.
-_LEAST_CAPABILITY = {"flash_attention_2": 8, "flash_attention_3": 9, "flash_attention_4": 9}
+_LEAST_CAPABILITY = {"flash_attention_2": 8, "flash_attention_3": 8, "flash_attention_4": 9}
 _ISOLABLE = {"full_attention", "sliding_attention"}
 _MASKED = {"sliding_attention", "chunked_attention"}  # kinds of layers that `sdpa` needs a mask for
 
@@ -108,6 +109,22 @@ class AttentionHost:
 
 # Another machine with a CUDA device, of which nothing else is known.
 ELSEWHERE = AttentionHost("cuda", None)
+
+
+def planned_attention(recipe: Recipe, config: PreTrainedConfig) -> AttentionChoice:
+    """What a recipe's attention becomes on the machine that it is planned for: this one, or one with a CUDA device.
+
+    Args:
+        config: of the extended model.
+
+    Raises:
+        CtxextError: see `choose_attention`.
+    """
+    if recipe.train.memory.device_gib is not None:
+        dtype = torch.float32 if recipe.model.dtype == "float32" else torch.bfloat16
+        return attention_of(recipe, config, ELSEWHERE, dtype)
+    device = choose_device()
+    return attention_of(recipe, config, AttentionHost.of(device), choose_dtype(recipe.model.dtype, device))
 
 
 def attention_of(recipe: Recipe, config: PreTrainedConfig, host: AttentionHost, dtype: torch.dtype) -> AttentionChoice:
@@ -168,8 +185,8 @@ def choose_attention(
         return AttentionChoice(asked, "as asked", None, others)
     if asked == "sdpa" and model.lacks_in_sdpa is None:
         if not allow_slow:
-            raise _too_slow("sdpa", model.mask_cost(), others)
-        return AttentionChoice("sdpa", "as asked", model.mask_cost(), others)
+            raise _too_slow("sdpa", str(why_not["sdpa"]), others)
+        return AttentionChoice("sdpa", "as asked", why_not["sdpa"], others)
     raise UsageError(
         str(why_not[asked]),
         where=_WHERE,
@@ -231,10 +248,18 @@ class _Attention:
             return f"transformers' {self.model_class.__name__} takes no registered attention function"
         return None
 
-    @property
-    def needs_mask(self) -> bool:
-        """Whether `sdpa` needs a mask of all queries by all keys."""
-        return self.isolated or bool(self.layers & _MASKED)
+    def slow_in_sdpa(self, host: AttentionHost) -> str | None:
+        """What PyTorch's attention would hold of all queries by all keys."""
+        if self.isolated or self.layers & _MASKED:
+            size = format_bytes(self.tokens**2)
+            return f"a mask of {self.tokens:,} x {self.tokens:,} tokens, {size}"
+        return self.dropout_in_sdpa(host)
+
+    def dropout_in_sdpa(self, host: AttentionHost) -> str | None:
+        """What the model's dropout costs where PyTorch's fused kernels have none."""
+        if self.dropout and host.kind not in ("cuda", "rocm"):
+            return f"no fused kernel on {host.kind.upper()} has the model's attention_dropout; {self.scores_cost()}"
+        return None
 
     def reason(self, implementation: str) -> str:
         """Why `auto` chose this."""
@@ -246,10 +271,6 @@ class _Attention:
             return " and ".join(part for part in parts if part) + ", no mask"
         lacking = self.lacks_in_sdpa or self.lacks_in_documents
         return f"{lacking}"
-
-    def mask_cost(self) -> str:
-        """What a mask for `sdpa` would hold."""
-        return f"a mask of {self.tokens:,} x {self.tokens:,} tokens, {format_bytes(self.tokens**2)}"
 
     def scores_cost(self) -> str:
         """What eager attention would hold of one layer."""
@@ -285,9 +306,9 @@ def _layer_types(text: Any, window_tokens: int) -> set[str]:
 def _why_not(name: str, model: _Attention, host: AttentionHost, dtype: torch.dtype) -> str | None:
     """Why an implementation cannot compute this model here without a slow path; None when it can."""
     if name == "sdpa":
-        return model.lacks_in_sdpa or (model.mask_cost() if model.needs_mask else None)
+        return model.lacks_in_sdpa or model.slow_in_sdpa(host)
     if name == DOCUMENTS:
-        return model.lacks_in_sdpa or model.lacks_in_documents
+        return model.lacks_in_sdpa or model.lacks_in_documents or model.dropout_in_sdpa(host)
     if name == "flex_attention":
         return _why_not_flex(model, host)
     return _why_not_flash(name, model, host, dtype)
@@ -337,12 +358,16 @@ def _why_not_flash(name: str, model: _Attention, host: AttentionHost, dtype: tor
 def _slow(model: _Attention, host: AttentionHost, allow_slow: bool) -> AttentionChoice:
     """What is left: with a mask of all queries by all keys, or with all scores."""
     if model.lacks_in_sdpa is None:
-        name, cost, why = "sdpa", model.mask_cost(), model.lacks_in_documents
+        name, why, cost = (
+            "sdpa",
+            model.lacks_in_documents or f"attention_dropout {model.dropout:g}",
+            str(model.slow_in_sdpa(host)),
+        )
     else:
-        name, cost, why = "eager", model.scores_cost(), model.lacks_in_sdpa
+        name, why, cost = "eager", model.lacks_in_sdpa, model.scores_cost()
     if not allow_slow:
         raise _too_slow(name, f"{why}; {cost}", (), host)
-    return AttentionChoice(name, str(why), cost)
+    return AttentionChoice(name, why, cost)
 
 
 def _too_slow(name: str, cost: str, others: Sequence[str], host: AttentionHost | None = None) -> ResourceError:

@@ -162,7 +162,8 @@ def attend_to_window(
 class _Attend:
     """`scaled_dot_product_attention` with what stays the same for all blocks of a layer.
 
-    On a CPU the flash kernel shares key heads among query heads with a mask too; elsewhere a mask needs them repeated.
+    On a CPU the flash kernel shares key heads among query heads with a mask too (traced on `meta`); elsewhere a mask
+    needs them repeated.
     """
 
     def __init__(self, dropout: float, scaling: float | None) -> None:
@@ -173,7 +174,7 @@ class _Attend:
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
         groups = query.shape[1] // key.shape[1]
-        if groups > 1 and mask is not None and query.device.type != "cpu":
+        if groups > 1 and mask is not None and query.device.type not in ("cpu", "meta"):
             key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
         return F.scaled_dot_product_attention(
             query,

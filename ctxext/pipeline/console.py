@@ -138,7 +138,7 @@ class _TrainLine:
         for message in (
             f"{start.num_trainable:,} of {start.num_parameters:,} parameters train ({share:.1f}%)",
             f"after preparation, {start.verification.summary()}",
-            f"attention kernel: {', '.join(start.kernels) or 'none found'}",
+            f"attention kernel: {', '.join(start.kernels) or 'none: plain matrix products'}",
             *start.messages,
         ):
             self._reporter.info(message)
@@ -394,6 +394,7 @@ def plan_rows(plan: Plan, estimated_seconds: float, output_dir: str) -> list[tup
             "adapter",
             f"LoRA, {plan.num_trainable:,} parameters; with gradients and moments {format_bytes(plan.trainable_bytes)}",
         ),
+        ("attention", plan.attention),
         *(memory_rows(plan.memory) if plan.memory else ()),
         (
             "evaluation",

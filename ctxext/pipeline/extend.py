@@ -31,6 +31,7 @@ from ctxext.evaluation.suite import resolve_samples, stored_suite
 from ctxext.export.card import is_edited, write_card
 from ctxext.export.merge import read_back, write_merged
 from ctxext.files import fingerprint, read_json, require_free_space, verify_manifest, write_json_atomic
+from ctxext.model.attention_choice import AttentionHost, attention_of
 from ctxext.model.load import (
     ModelSource,
     choose_device,
@@ -221,8 +222,8 @@ def _config_for(job: _Job, method: RopeMethod) -> PreTrainedConfig:
     return apply_method(job.base_config, method, job.recipe.target_length, job.recipe.on_existing)
 
 
-def _load(job: _Job, config: PreTrainedConfig) -> PreTrainedModel:
-    model = load_model(job.source, config, dtype=job.dtype, device=job.device)
+def _load(job: _Job, config: PreTrainedConfig, attention: str = "sdpa") -> PreTrainedModel:
+    model = load_model(job.source, config, dtype=job.dtype, device=job.device, attention=attention)
     job.reporter.info(verify_positions(model, config).summary())
     return model
 
@@ -341,7 +342,9 @@ def _train(job: _Job, method: RopeMethod, folder: Path, adapter: Path, title: st
     config = _config_for(job, method)
     state = TrainState(0, job.plan.plan_id, data_sha256, job.accelerator.num_processes)
     monitors = make_monitors(job.recipe, config, job.device, job.dtype, job.plan.original_length)
-    trainer = Trainer(job.accelerator, _load(job, config), config, windows, job.recipe, folder, state, monitors)
+    attention = attention_of(job.recipe, config, AttentionHost.of(job.device), job.dtype)
+    model = _load(job, config, attention.implementation)
+    trainer = Trainer(job.accelerator, model, config, windows, job.recipe, folder, state, monitors)
     if job.recipe.train.trackers:
         job.accelerator.init_trackers(method.method, config={"plan_id": job.plan.plan_id})
     with job.reporter.training(title, job.recipe.train.steps) as hooks:

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from ctxext.errors import CtxextError, UnsupportedModelError, first_line
+from ctxext.model.documents import DOCUMENTS
 from ctxext.model.lora import add_lora
 from ctxext.model.savings import Savings, apply_savings
-from ctxext.planning.trace import Ledger, Peak, fused_attention_on_meta
+from ctxext.planning.trace import FUSED, Ledger, Peak, fused_attention_on_meta
 from ctxext.recipe.schema import LoraBlock
 
 # Makes the loss module of a model with its adapter: called with input_ids and position_ids, gives the summed loss.
@@ -52,12 +53,14 @@ class StepShape:
         window_tokens: of each.
         dtype: of the base weights.
         device: whose attention kernels count.
+        attention: which implementation computes it in training.
     """
 
     windows: int
     window_tokens: int
     dtype: torch.dtype
     device: Literal["cuda", "cpu"] = "cuda"
+    attention: str = "sdpa"
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ def trace_step(
         UnsupportedModelError: the model decides by values what it computes (routed experts in a Python loop), which
             meta tensors do not have.
     """
-    model = _meta_model(config, lora, savings, shape.dtype)
+    model = _meta_model(config, lora, savings, shape)
     loss = objective(model)
     optimizer, moments = _optimizer_with_moments(model)
     tokens = -(-shape.window_tokens // sharding.sequence)
@@ -131,9 +134,12 @@ def trace_step(
     return _sharded(_as_memory(peak), _gathered_bytes(model), sharding.weights)
 
 
-def _meta_model(config: PreTrainedConfig, lora: LoraBlock, savings: Savings, dtype: torch.dtype) -> Any:
+def _meta_model(config: PreTrainedConfig, lora: LoraBlock, savings: Savings, shape: StepShape) -> Any:
+    # What runs without this device's kernels is traced as it is.
+    as_it_is = {"sdpa", "eager"} | ({DOCUMENTS} if shape.device == "cpu" else set())
+    attention = shape.attention if shape.attention in as_it_is else FUSED
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        base = AutoModelForCausalLM.from_config(config, dtype=shape.dtype, attn_implementation=attention)
         model = add_lora(base, lora, seed=0)
     model.train()
     apply_savings(model, savings)

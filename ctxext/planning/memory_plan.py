@@ -15,6 +15,7 @@ import torch
 
 from ctxext.errors import UnsupportedModelError
 from ctxext.files import format_bytes
+from ctxext.model.attention_choice import planned_attention
 from ctxext.model.load import choose_device, choose_dtype, load_config, resolve_source
 from ctxext.model.savings import Savings, savings_of
 from ctxext.planning.memory import ONE_DEVICE, Objective, Sharding, StepMemory, StepShape, trace_step
@@ -115,6 +116,7 @@ class _Tracer:
         config = load_config(resolve_source(recipe.model.source, recipe.model.revision))
         self._config = apply_method(config, recipe.rope, recipe.target_length, recipe.on_existing)
         self._recipe, self._objective, self._sharding, self._device = recipe, objective, sharding, device
+        self._attention = planned_attention(recipe, self._config).implementation
         self.window_tokens = recipe.data.windows.length or recipe.target_length
 
     def trace(self, train: TrainBlock, window_tokens: int | None = None) -> StepMemory:
@@ -124,7 +126,7 @@ class _Tracer:
 
     def trace_savings(self, savings: Savings, windows: int, window_tokens: int) -> StepMemory:
         """The step with these savings."""
-        shape = StepShape(windows, window_tokens, self._device.dtype, self._device.kind)
+        shape = StepShape(windows, window_tokens, self._device.dtype, self._device.kind, self._attention)
         return trace_step(self._config, self._recipe.lora, savings, shape, self._objective, self._sharding)
 
 

@@ -15,6 +15,7 @@ from ctxext.evaluation.arms import CONTROL_TASK
 from ctxext.evaluation.suite import Sample, load_suite, resolve_samples
 from ctxext.files import fingerprint
 from ctxext.model.assumptions import assumed_by_default
+from ctxext.model.attention_choice import planned_attention
 from ctxext.model.load import choose_device, load_config, resolve_source, weights_fingerprint
 from ctxext.model.lora import add_lora, num_trainable
 from ctxext.model.quantized import check_bitsandbytes
@@ -51,6 +52,7 @@ class Plan:
         notes: what the model's config does not say, or says otherwise elsewhere; what facts share with the suite;
             advice.
         data: what training reads, in words.
+        attention: which implementation trains, and why.
         memory: a training step's memory, traced (`memory_plan.MemoryPlan`); None where nobody asked.
     """
 
@@ -86,6 +88,7 @@ class Plan:
     cache_bytes: int
     merged_bytes: int
     data: list[str]
+    attention: str
     memory: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -125,6 +128,7 @@ def make_plan(recipe: Recipe) -> Plan:
     device_type = "cuda" if elsewhere else choose_device().type
     check_savings(recipe.train, window_tokens, device_type)
     check_bitsandbytes(recipe, device_type)
+    attention = planned_attention(recipe, extended)
     shape = ModelShape(counts.matrices, text.num_hidden_layers, attention_width(text))
     train_tokens = recipe.train.steps * recipe.train.windows_per_step * window_tokens
     arms = arms_of(recipe)
@@ -186,6 +190,7 @@ def make_plan(recipe: Recipe) -> Plan:
         cache_bytes=cache_bytes(text, max(sample.cell.length_tokens for sample in samples), _FLOAT32_BYTES),
         merged_bytes=counts.total * _FLOAT32_BYTES,
         data=data_lines(recipe.data, window_tokens),
+        attention=attention.describe(),
     )
 
 

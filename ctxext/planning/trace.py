@@ -18,6 +18,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import AttentionInterface, AttentionMaskInterface
+
+# Stands for flash, variable-length and flex kernels in a trace.
+FUSED = "ctxext_fused_on_meta"
 
 
 @dataclass
@@ -250,3 +254,35 @@ def _fused_attention(
         )
     output: Tensor = results[0]
     return output
+
+
+def _attend_fused(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **unused: Any,
+) -> tuple[Tensor, None]:
+    out = torch.nn.functional.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        dropout_p=dropout,
+        is_causal=True,
+        scale=scaling,
+        enable_gqa=key.shape[1] != query.shape[1],
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    return None
+
+
+# Registered for meta tensors alone: it has the memory of kernels that take documents, windows and caps as they are, and
+# no values that could be wrong.
+AttentionInterface.register(FUSED, _attend_fused)
+AttentionMaskInterface.register(FUSED, _no_mask)

@@ -20,7 +20,6 @@ from ctxext.data.order import Cursor, Share
 from ctxext.data.windows import TrainingWindows
 from ctxext.errors import ResourceError, UsageError
 from ctxext.evaluation.sharding import require_all_processes, this_launch
-from ctxext.model.attention import running_kernels
 from ctxext.model.host_memory import freed_memory_kept
 from ctxext.model.lora import add_lora, num_trainable
 from ctxext.model.loss_proof import prove_loss
@@ -35,6 +34,7 @@ from ctxext.train.checkpoint import (
     save_checkpoint,
     set_optimizer_tensors,
 )
+from ctxext.train.kernels import proven_kernels
 from ctxext.train.metrics import MetricsFile, StepMetrics
 from ctxext.train.monitors import Monitor, StepEvent
 from ctxext.train.non_finite import NonFinitePolicy
@@ -126,7 +126,6 @@ class Trainer:
         self._check_batch()
         verify_positions(model, config)
         prove_loss(model)
-        self._kernels = running_kernels(model)
         self._peft: PeftModel = add_lora(model, recipe.lora, settings.seed)
         self._peft.train()
         apply_savings(self._peft, savings_of(settings, windows.length))
@@ -134,6 +133,7 @@ class Trainer:
         self._model, self._optimizer = accelerator.prepare(SummedLoss(self._peft), optimizer)
         # Wrappers and casts of prepare() have rounded frequencies before: look again.
         self._verification = verify_positions(accelerator.unwrap_model(self._model), config)
+        self._kernels = proven_kernels(accelerator, self._model, self._optimizer, recipe, config)
 
     @property
     def model(self) -> PeftModel:

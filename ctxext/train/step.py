@@ -15,7 +15,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ctxext.data.packing import PackedWindow
+from ctxext.model.documents import cumulative_arguments, documents_of
 from ctxext.model.loss import IGNORE_INDEX, DecoderHead
+from ctxext.rope.families import text_config
 
 
 class SummedLoss(nn.Module):
@@ -43,9 +45,13 @@ class SummedLoss(nn.Module):
         parts = DecoderHead(base)
         # An explicit all-ones mask: without one transformers takes a jump in the positions for a document boundary and
         # hides everything before it. With it, SDPA still gets no mask at all and runs its causal flash kernel. Isolated
-        # documents are what that boundary is for; it costs a mask of S x S.
+        # documents are what that boundary is for; `ctxext_documents` makes lengths of it instead of a mask.
         mask = None if isolated else torch.ones_like(input_ids)
-        hidden = parts.hidden_states(input_ids, position_ids=position_ids, attention_mask=mask, use_cache=False)
+        arguments = {"position_ids": position_ids, "attention_mask": mask, "use_cache": False}
+        if isolated and text_config(base.config)._attn_implementation.startswith("flash_attention"):
+            # Of a batch, transformers would take the rows for one document each.
+            arguments |= cumulative_arguments(documents_of(position_ids.diff(dim=-1) != 1))
+        hidden = parts.hidden_states(input_ids, **arguments)
         targets = torch.full_like(input_ids, IGNORE_INDEX)
         targets[:, :-1] = input_ids[:, 1:]
         if learned is not None:

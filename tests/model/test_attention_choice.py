@@ -144,7 +144,7 @@ def test_a_mask_of_all_by_all_is_refused_with_its_size_unless_allowed(config: Pr
         (HOSTS["rocm"], "flash_attention_3", {}, "no kernels for ROCM"),
         (BARE, "flash_attention_2", {}, "not installed (the package flash-attn"),
         (HOPPER, "flash_attention_2", {"dtype": torch.float32}, "not in float32"),
-        (AttentionHost("cuda", HOPPER.packages, 8), "flash_attention_3", {}, "compute capability 9"),
+        (AMPERE, "flash_attention_4", {}, "compute capability 9"),
         (AttentionHost("cuda", set(), 9), "flex_attention", {}, "Triton"),
     ],
 )
@@ -165,6 +165,9 @@ def test_dropout_is_never_left_out() -> None:
     assert choose(config, HOPPER, "flash_attention_2").implementation == "flash_attention_2"
     assert "0.1" in refusal(UsageError, config, HOPPER, "flash_attention_3")
     assert "0.1" in refusal(UsageError, config, HOPPER, "flex_attention")
+    assert choose(config, HOPPER).implementation == "sdpa"
+    for isolated in (False, True):
+        assert "attention_dropout" in refusal(ResourceError, config, HOSTS["cpu"], isolated=isolated)
 
 
 def test_what_is_asked_of_another_machine_is_taken_to_be_installed_there() -> None:

@@ -8,6 +8,7 @@ import torch
 from test_influence import model_with_lora, watched
 from torch import Tensor
 
+from ctxext.model.documents import DOCUMENTS
 from ctxext.train.step import SummedLoss
 
 LENGTH, FIRST, SECOND = 48, 18, 33
@@ -16,7 +17,7 @@ IDS = torch.arange(5, 5 + LENGTH)[None]
 RESTARTING = torch.cat([torch.arange(FIRST), torch.arange(SECOND - FIRST), torch.arange(LENGTH - SECOND)])[None]
 SKIP_WISE = torch.cat([torch.arange(FIRST), torch.arange(FIRST, SECOND) + 90, torch.arange(SECOND, LENGTH) + 400])[None]
 
-every_attention = pytest.mark.parametrize("attention", ["sdpa", "eager", "flex_attention"])
+every_attention = pytest.mark.parametrize("attention", ["sdpa", "eager", "flex_attention", DOCUMENTS])
 
 
 def seen_by_last(attention: str, positions: Tensor, isolated: bool) -> Tensor:

@@ -45,8 +45,12 @@ def window(num_tokens: int) -> PackedWindow:
 
 
 def measured(config: PreTrainedConfig, savings: Savings) -> int:
+    return measured_step(config, savings, "sdpa", window(TOKENS))
+
+
+def measured_step(config: PreTrainedConfig, savings: Savings, attention: str, of: PackedWindow) -> int:
     """What the CPU's allocator had handed out at most in a real step, the second one, weights and moments included."""
-    model: Any = add_lora(AutoModelForCausalLM.from_config(config, attn_implementation="sdpa"), LORA, seed=0)
+    model: Any = add_lora(AutoModelForCausalLM.from_config(config, attn_implementation=attention), LORA, seed=0)
     model.train()
     apply_savings(model, savings)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -55,9 +59,7 @@ def measured(config: PreTrainedConfig, savings: Savings) -> int:
     run_step(accelerator, loss, optimizer, [window(16)], 1, 1.0)
     state = [value for values in optimizer.state.values() for value in values.values() if torch.is_tensor(value)]
     held = sum(x.numel() * x.element_size() for x in [*model.parameters(), *model.buffers(), *state])
-    step = peak_growth_bytes(
-        lambda: run_step(accelerator, loss, optimizer, [window(TOKENS)], 1, 1.0), torch.device("cpu")
-    )
+    step = peak_growth_bytes(lambda: run_step(accelerator, loss, optimizer, [of], 1, 1.0), torch.device("cpu"))
     return held + step
 
 

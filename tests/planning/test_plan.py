@@ -67,6 +67,19 @@ def test_the_plan_can_be_stored(plan: Plan) -> None:
     assert Plan(**plan.to_json()) == plan
 
 
+def test_auto_attention_is_said_as_what_it_became(job: Job, plan: Plan) -> None:
+    assert plan.attention.startswith("sdpa (plainly causal")
+    windows = ("data.windows.mode=full-length", "data.windows.length=null", "data.windows.positions=per-document")
+    assert make_plan(job.recipe(*windows)).attention.startswith("ctxext_documents (isolated documents")
+    elsewhere = ("train.memory.device_gib=80", "train.attention=flash_attention_2")
+    assert make_plan(job.recipe(*elsewhere)).attention == "flash_attention_2 (as asked)"
+
+
+def test_attention_that_cannot_run_is_refused_before_any_weight_is_loaded(job: Job) -> None:
+    with pytest.raises(UsageError, match=r"train\.attention: flash_attention_2 has no kernels for CPU"):
+        make_plan(job.recipe("train.attention=flash_attention_2"))
+
+
 SAME_RESULTS = [
     "output_dir=elsewhere",
     "train.checkpoint_every=1",

@@ -35,7 +35,11 @@ def test_isolated_documents_and_best_fit_windows_train(tmp_path: Path) -> None:
     job = make_job(tmp_path)
     windows = '{"mode": "full-length", "packing": "best-fit", "positions": "per-document"}'
     recipe = job.recipe(f"data.windows={windows}", "data.length.allow_short=true", "data.facts=null")
-    extend(recipe, SilentReporter(), last_stage="train")
+    reporter = SilentReporter()
+    extend(recipe, reporter, last_stage="train")
+    kernel = "_scaled_dot_product_flash_attention_for_cpu"
+    assert reporter.starts[0].kernels == [kernel, f"{kernel}_backward"]
+    assert json.loads((job.output / "plan.json").read_text())["attention"].startswith("ctxext_documents")
     lines = step_lines(job.output)
     assert len(lines) == 4
     # Padding and the first tokens of documents are no targets.
