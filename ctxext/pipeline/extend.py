@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ from ctxext.pipeline.reporter import Reporter
 from ctxext.pipeline.run_folder import RunFolder, environment_facts
 from ctxext.pipeline.training_data import TrainingData, prepare_training_data, streamed_json
 from ctxext.planning.cost import estimated_seconds, measured_flops_per_second
+from ctxext.planning.periodic_plan import periodic_suite
 from ctxext.planning.plan import Plan, make_plan
 from ctxext.recipe.data import STREAMED
 from ctxext.recipe.schema import Recipe
@@ -56,11 +57,12 @@ from ctxext.rope.methods import NoRewrite, RopeMethod
 from ctxext.rope.patchers import apply_method
 from ctxext.rope.portable import exported_form
 from ctxext.rope.verify import verify_positions
-from ctxext.train.adapter import load_adapter, save_adapter
+from ctxext.train.adapter import load_adapter, read_provenance, save_adapter
 from ctxext.train.checkpoint import TrainState
 from ctxext.train.loop import Trainer, make_accelerator
+from ctxext.train.periodic import CHECKPOINT, PeriodicEvaluation
 from ctxext.train.signals import StopRequest
-from ctxext.train.watch import make_monitors
+from ctxext.train.watch import make_monitors, reasons_against_attention
 
 DEFAULT_OUTPUT = "runs"
 
@@ -342,9 +344,11 @@ def _train(job: _Job, method: RopeMethod, folder: Path, adapter: Path, title: st
     config = _config_for(job, method)
     state = TrainState(0, job.plan.plan_id, data_sha256, job.accelerator.num_processes)
     monitors = make_monitors(job.recipe, config, job.device, job.dtype, job.plan.original_length)
+    for reason in reasons_against_attention(job.recipe):
+        job.reporter.info(f"attention entropies are not watched: {reason}")
     attention = attention_of(job.recipe, config, AttentionHost.of(job.device), job.dtype)
-    model = _load(job, config, attention.implementation)
-    trainer = Trainer(job.accelerator, model, config, windows, job.recipe, folder, state, monitors)
+    model, periodic = _load(job, config, attention.implementation), _periodic(job, method, folder)
+    trainer = Trainer(job.accelerator, model, config, windows, job.recipe, folder, state, monitors, periodic)
     if job.recipe.train.trackers:
         job.accelerator.init_trackers(method.method, config={"plan_id": job.plan.plan_id})
     with job.reporter.training(title, job.recipe.train.steps) as hooks:
@@ -352,9 +356,34 @@ def _train(job: _Job, method: RopeMethod, folder: Path, adapter: Path, title: st
     if job.recipe.train.trackers:
         job.accelerator.end_training()
     if job.is_main:
-        save_adapter(adapter, trainer.model, _provenance(job, method))
+        chosen = {} if trainer.chosen is None else {CHECKPOINT: asdict(trainer.chosen)}
+        save_adapter(adapter, trainer.model, _provenance(job, method) | chosen)
     job.accelerator.wait_for_everyone()
     job.accelerator.free_memory()  # it would keep the trained model beside those of later stages
+
+
+def _periodic(job: _Job, method: RopeMethod, folder: Path) -> PeriodicEvaluation | None:
+    """The evaluations during the training of one arm; None where the recipe asks for none."""
+    plan, settings = job.plan, job.recipe.train.evaluate
+    suite = periodic_suite(job.recipe.train, plan.original_length, plan.target_length)
+    if settings is None or suite is None:
+        return None
+    return PeriodicEvaluation(
+        settings,
+        suite,
+        job.tokenizer,
+        folder,
+        original_length=plan.original_length,
+        target_length=plan.target_length,
+        last_step=plan.steps,
+        weights={
+            "source": job.source.name,
+            "fingerprint": plan.weights,
+            "plan_id": plan.plan_id,
+            "method": method.method,
+        },
+        environment=environment_facts(str(job.device), str(job.dtype).removeprefix("torch.")),
+    )
 
 
 def _train_extended(job: _Job) -> None:
@@ -372,6 +401,7 @@ def _merge(job: _Job) -> PreTrainedModel | None:
         return _read_merged(job)
     wrapped = load_adapter(job.run.adapter, _load(job, _config_for(job, job.recipe.rope)))
     provenance = _provenance(job, job.recipe.rope)
+    provenance |= {key: value for key, value in read_provenance(job.run.adapter).items() if key == CHECKPOINT}
     if job.origin is not None:
         # Readers of the checkpoint care for the model that it comes from, not for a folder between the stages.
         origin = {"source": job.origin.source.name, "revision": job.origin.source.revision}

@@ -22,6 +22,7 @@ from ctxext.model.quantized import check_bitsandbytes
 from ctxext.model.savings import check_savings
 from ctxext.planning.cost import ModelShape, attention_width
 from ctxext.planning.data_plan import data_lines, facts_notes
+from ctxext.planning.periodic_plan import evaluated_steps, periodic_suite
 from ctxext.planning.training_notes import training_notes
 from ctxext.recipe.data import STREAMED
 from ctxext.recipe.load import KeyPath
@@ -43,7 +44,7 @@ class Plan:
     Attributes:
         arms: names of the evaluated arms, in order.
         prefill_tokens: prompt tokens of one arm's evaluation.
-        train_flops, evaluation_flops: of one training, and of all arms' evaluations.
+        train_flops, evaluation_flops: of one training with what is evaluated meanwhile, and of all arms' evaluations.
         trainable_bytes: LoRA weights, gradients in float32 and both AdamW moments, in float32 or 8 bits.
         cache_bytes: KV cache of the longest evaluated prompt, in float32.
         weights: fingerprint of the base weights.
@@ -137,6 +138,10 @@ def make_plan(recipe: Recipe) -> Plan:
     for key in _WITHOUT_EFFECT:
         decisive["train"].pop(key)
     decisive["train"]["monitors"].pop("attention_every")
+    during = periodic_suite(recipe.train, base.original_length, recipe.target_length)
+    if during is not None:  # it chooses the checkpoint
+        decisive["train"]["evaluate"]["suite"] = during.model_dump(mode="json")
+    samples_during = [] if during is None else resolve_samples(during, base.original_length, recipe.target_length)
     for key in ("output_dir", "evaluation", "parallel"):
         decisive.pop(key)
     # Of the savings, only tiles change what is computed, and only in the last bits.
@@ -184,7 +189,8 @@ def make_plan(recipe: Recipe) -> Plan:
         num_samples=len(samples),
         prefill_tokens=sum(sample.cell.length_tokens for sample in samples),
         longest_prompt=max(sample.cell.length_tokens for sample in samples),
-        train_flops=train_tokens / window_tokens * shape.train_flops(window_tokens, checkpointing),
+        train_flops=train_tokens / window_tokens * shape.train_flops(window_tokens, checkpointing)
+        + len(evaluated_steps(recipe.train)) * evaluation_flops(shape, samples_during),
         evaluation_flops=len(arms) * evaluation_flops(shape, samples),
         trainable_bytes=counts.trainable * 2 * (_FLOAT32_BYTES + recipe.train.moment_bytes),
         cache_bytes=cache_bytes(text, max(sample.cell.length_tokens for sample in samples), _FLOAT32_BYTES),

@@ -82,8 +82,9 @@ def save_checkpoint(
     keep: int,
     stream_state: dict[str, Any] | None = None,
     monitors: dict[str, Any] | None = None,
+    best_step: int | None = None,
 ) -> Path:
-    """Write a checkpoint, then remove the oldest beyond `keep`.
+    """Write a checkpoint, then remove the oldest beyond `keep`; that of `best_step` stays besides.
 
     Later steps are removed as well: training went on from before them because they are damaged, and counted among the
     kept ones they would displace whole checkpoints.
@@ -105,8 +106,10 @@ def save_checkpoint(
         write_manifest(partial)
     folders = _checkpoint_folders(folder)
     newest = folders.index(path) + 1
+    best = None if best_step is None else checkpoint_path(folder, best_step)
     for old in [*folders[: max(newest - keep, 0)], *folders[newest:]]:
-        shutil.rmtree(old)
+        if old != best:
+            shutil.rmtree(old)
     return path
 
 
@@ -124,23 +127,32 @@ def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
         remove_partials(folder)
     for path in reversed(_checkpoint_folders(folder)):
         try:
-            verify_manifest(path)
-            state = TrainState(**read_json(path / "state.json"))
-            return (
-                Checkpoint(
-                    path,
-                    state,
-                    read_tensors(path / "adapter.safetensors"),
-                    read_tensors(path / "optimizer.safetensors"),
-                    read_tensors(path / "random.safetensors"),
-                    read_json(path / "stream.json") if (path / "stream.json").exists() else None,
-                    read_json(path / "monitors.json") if (path / "monitors.json").exists() else {},
-                ),
-                messages,
-            )
-        except (ArtefactError, TypeError) as error:
+            return read_checkpoint(path), messages
+        except ArtefactError as error:
             messages.append(f"skipped a damaged checkpoint: {error}")
     return None, messages
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """A checkpoint whose checksums hold.
+
+    Raises:
+        ArtefactError: it is damaged, or another version's.
+    """
+    verify_manifest(path)
+    try:
+        state = TrainState(**read_json(path / "state.json"))
+    except TypeError as error:
+        raise ArtefactError(f"not a checkpoint's state ({error})", where=str(path / "state.json")) from error
+    return Checkpoint(
+        path,
+        state,
+        read_tensors(path / "adapter.safetensors"),
+        read_tensors(path / "optimizer.safetensors"),
+        read_tensors(path / "random.safetensors"),
+        read_json(path / "stream.json") if (path / "stream.json").exists() else None,
+        read_json(path / "monitors.json") if (path / "monitors.json").exists() else {},
+    )
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 
 from ctxext.data.order import Cursor, Share
 from ctxext.data.windows import TrainingWindows
-from ctxext.errors import ResourceError, UsageError
+from ctxext.errors import ArtefactError, ResourceError, UsageError
 from ctxext.evaluation.sharding import require_all_processes, this_launch
 from ctxext.model.host_memory import freed_memory_kept
 from ctxext.model.lora import add_lora, num_trainable
@@ -29,16 +29,19 @@ from ctxext.rope.verify import RopeVerification, verify_positions
 from ctxext.train.adapter import adapter_tensors, set_adapter_tensors
 from ctxext.train.checkpoint import (
     TrainState,
+    checkpoint_path,
     newest_checkpoint,
     optimizer_tensors,
+    read_checkpoint,
     save_checkpoint,
     set_optimizer_tensors,
 )
 from ctxext.train.kernels import proven_kernels
-from ctxext.train.metrics import MetricsFile, StepMetrics
+from ctxext.train.metrics import EVALUATION, MetricsFile, StepMetrics
 from ctxext.train.monitors import Monitor, StepEvent
 from ctxext.train.non_finite import NonFinitePolicy
 from ctxext.train.optimizer import make_optimizer
+from ctxext.train.periodic import Chosen, PeriodicEvaluation
 from ctxext.train.schedule import learning_rate_at
 from ctxext.train.signals import StopRequest
 from ctxext.train.step import SummedLoss, run_step
@@ -101,6 +104,7 @@ class Trainer:
         folder: of this arm; gets `metrics.jsonl` and `checkpoints/`.
         state: plan, data and processes of this run; its step is ignored.
         monitors: what watches the training.
+        periodic: evaluates every so many steps, and says which step's weights to end with.
     """
 
     def __init__(
@@ -113,12 +117,15 @@ class Trainer:
         folder: Path,
         state: TrainState,
         monitors: Sequence[Monitor] = (),
+        periodic: PeriodicEvaluation | None = None,
     ) -> None:
         settings = recipe.train
         self._accelerator = accelerator
         self._settings = settings
         self._windows = windows
         self._monitors = monitors
+        self._periodic = periodic
+        self.chosen: Chosen | None = None
         self._folder = folder
         self._metrics = MetricsFile(folder)
         self._identity = state
@@ -163,15 +170,48 @@ class Trainer:
             )
         )
         every = self._settings.checkpoint_every or max(self._settings.steps // 10, 1)
-        for step in range(first, self._settings.steps):
-            event = self._one_step(step, hooks)
+        done = first
+        while not self._evaluated_enough(done, hooks, stop) and done < self._settings.steps:
+            event = self._one_step(done, hooks)
             self._tell(event, hooks)
-            done = step + 1
+            done += 1
             stopping = stop.agree(this_launch())
-            if done % every == 0 or done == self._settings.steps or stopping:
+            due = self._periodic is not None and self._periodic.due(done)
+            if done % every == 0 or done == self._settings.steps or stopping or due:
                 self._save(done)
             if stopping and done < self._settings.steps:
                 stop.check(f"step {done} of {self._settings.steps} is saved")
+        self._take_best(done, hooks)
+
+    def _evaluated_enough(self, step: int, hooks: TrainHooks, stop: StopRequest) -> bool:
+        """Evaluate after `step` where that is due; whether training ends there. The checkpoint of it is on disk."""
+        periodic = self._periodic
+        if periodic is None or not periodic.due(step):
+            return False
+        line = periodic.evaluate(
+            self._peft.get_base_model(),
+            step,
+            precision=self._accelerator.autocast(),
+            check_stop=lambda: stop.check(f"step {step} and finished samples of its evaluation are saved"),
+        )
+        self._tell_line(EVALUATION, step, line)
+        hooks.on_note(f"step {step}: {line['text']}")
+        return periodic.finished
+
+    def _take_best(self, last_step: int, hooks: TrainHooks) -> None:
+        """End with the weights of the best step."""
+        if self._periodic is None:
+            return
+        chosen = self._periodic.chosen(last_step)
+        path = checkpoint_path(self._folder / "checkpoints", chosen.step)
+        try:
+            if chosen.step != last_step:
+                set_adapter_tensors(self._peft, read_checkpoint(path).adapter, str(path))
+        except ArtefactError as error:
+            why = f"step {chosen.step} was better ({chosen.reason}), but its checkpoint is damaged: {error}"
+            chosen = Chosen(last_step, last_step, why)
+        self.chosen = chosen
+        hooks.on_note(f"the weights of step {chosen.step} of {last_step} are kept: {chosen.reason}")
 
     def _tell(self, event: StepEvent, hooks: TrainHooks) -> None:
         metrics, is_main = event.metrics, self._accelerator.is_main_process
@@ -182,12 +222,15 @@ class Trainer:
         hooks.on_step(metrics)
         for monitor in self._monitors:
             for line in monitor.after_step(event):
-                if is_main:
-                    self._metrics.add_monitor(monitor.name, metrics.step, line)
+                self._tell_line(monitor.name, metrics.step, line)
                 if "warning" in line:
                     hooks.on_note(f"step {metrics.step}: {line['warning']}")
-                watched = {f"{monitor.name}/{k}": v for k, v in line.items() if isinstance(v, int | float)}
-                self._accelerator.log(watched, step=metrics.step)
+
+    def _tell_line(self, name: str, step: int, line: dict[str, Any]) -> None:
+        if self._accelerator.is_main_process:
+            self._metrics.add_monitor(name, step, line)
+        numbers = {f"{name}/{key}": value for key, value in line.items() if isinstance(value, int | float)}
+        self._accelerator.log(numbers, step=step)
 
     def _one_step(self, step: int, hooks: TrainHooks) -> StepEvent:
         settings = self._settings
@@ -265,6 +308,8 @@ class Trainer:
         for monitor in self._monitors:
             if monitor.name in checkpoint.monitors:
                 monitor.restore(checkpoint.monitors[monitor.name])
+        if self._periodic is not None:
+            self._periodic.restore(checkpoint.state.step)
         self._keep_metrics_up_to(checkpoint.state.step)
         messages.append(f"resumed at step {checkpoint.state.step} of {self._settings.steps}")
         return checkpoint.state.step, messages
@@ -285,6 +330,7 @@ class Trainer:
                 self._settings.keep_checkpoints,
                 self._windows.stream_state(),
                 {monitor.name: monitor.state() for monitor in self._monitors},
+                self._periodic.best.step if self._periodic is not None and self._periodic.best is not None else None,
             )
         self._accelerator.wait_for_everyone()
 

@@ -10,6 +10,8 @@ from typing import Any
 from ctxext.files import append_json_line, canonical_json, read_json_lines, write_text_atomic
 
 METRICS_NAME = "metrics.jsonl"
+# The monitor's name in the lines of evaluations during training.
+EVALUATION = "evaluation"
 
 
 @dataclass(frozen=True)
@@ -58,9 +60,13 @@ class MetricsFile:
         append_json_line(self._path, {"step": step, "monitor": name, **line})
 
     def keep_up_to(self, step: int) -> None:
-        """Drop what is behind `step`, which will be done again."""
+        """Drop what is behind `step`, which will be done again; its checkpoint is older than its evaluation."""
         if self._path.exists():
-            kept = [line for line in read_json_lines(self._path) if line["step"] <= step]
+            kept = [
+                line
+                for line in read_json_lines(self._path)
+                if line["step"] < step or (line["step"] == step and line.get("monitor") != EVALUATION)
+            ]
             write_text_atomic(self._path, "".join(canonical_json(line) + "\n" for line in kept))
 
 
