@@ -92,17 +92,18 @@ def plan(what: What, overrides: Overrides = None, target_length: TargetLength = 
 
 @app.command()
 def train(what: What, overrides: Overrides = None, target_length: TargetLength = None, method: Method = None) -> None:
-    """Train the adapter only; `ctxext extend` goes on from there."""
+    """Train only; `ctxext extend` goes on from there."""
+    from ctxext.pipeline.run_folder import RunFolder
     from ctxext.pipeline.stages import run_recipe
 
     recipe, reporter = _recipe(what, overrides, target_length, method), _reporter()
     run = run_recipe(recipe, reporter, last_stage="train")
-    reporter.info(f"adapter with its extended config: {run / 'adapter'}")
+    reporter.info(f"what was trained, with its extended config: {RunFolder(run).trained}")
 
 
 @app.command()
 def merge(
-    adapter: Annotated[str, typer.Argument(help="Run folder, or adapter folder written by ctxext.")],
+    adapter: Annotated[str, typer.Argument(help="Run folder, or its adapter or trained folder.")],
     destination: Annotated[str, typer.Argument(help="New folder for the plain checkpoint.")],
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     scale: Annotated[float, typer.Option(help="Make the adapter weaker (0.5) or stronger (1.5).")] = 1.0,
@@ -119,11 +120,10 @@ def merge(
     from pathlib import Path
 
     from ctxext.export.merge import merge_adapter
+    from ctxext.pipeline.run_folder import RunFolder
 
     folder = Path(adapter)
-    if (folder / "adapter").is_dir():
-        folder = folder / "adapter"
-    proof = merge_adapter(folder, Path(destination), dtype, scale=scale, onto=onto)
+    proof = merge_adapter(RunFolder(folder).trained or folder, Path(destination), dtype, scale=scale, onto=onto)
     reporter = _reporter()
     for line in proof.summary():
         reporter.info(line)

@@ -3,8 +3,9 @@
 The merged folder needs neither ctxext nor peft: stock `from_pretrained` gives the logits of base + adapter.
 
 Plain LoRA on a base stored as safetensors is merged file by file, a block of rows at a time: W + scaling * (B @ A) in
-float32, rounded once to the dtype that the base is stored in, whatever the model's size. Everything else (GGUF bases,
-DoRA, layers that transformers renames or fuses on loading, another dtype asked for) is merged in memory.
+float32, rounded once to the dtype that the base is stored in, whatever the model's size; embeddings and norms that were
+trained whole take the base's place. Everything else (GGUF bases, DoRA, layers that transformers renames or fuses on
+loading, another dtype asked for) is merged in memory.
 """
 
 from __future__ import annotations
@@ -16,20 +17,22 @@ from typing import Any, Literal
 
 import torch
 from huggingface_hub import snapshot_download
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ctxext.errors import ArtefactError, ResourceError
+from ctxext.errors import ArtefactError, ResourceError, UsageError
 from ctxext.export.checkpoint import write_both_forms
-from ctxext.export.placement import ADAPTER_WEIGHTS, Placement, place_adapter
+from ctxext.export.placement import Placement, place_adapter
 from ctxext.export.proof import (
     COMPUTED,
     ROUNDED_WEIGHTS,
     SAME_WEIGHTS,
     LoraTarget,
     MergeProof,
+    MergeTarget,
+    WholeTarget,
     check_logits,
     device_for_logits,
     meta_model,
@@ -61,13 +64,20 @@ from ctxext.model.load import (
     quiet,
     weights_fingerprint,
 )
+from ctxext.model.parts import causal_lm
 from ctxext.rope.families import text_config
 from ctxext.rope.portable import exported_form, fold_edits
 from ctxext.rope.verify import verify_positions
 from ctxext.train.adapter import (
+    ADAPTER_WEIGHTS,
+    PEFT_PREFIX,
     PROVENANCE_NAME,
+    load_trained,
+    plain_lora_config,
+    read_provenance,
     set_adapter_tensors,
     tensor_write_errors,
+    whole_names,
 )
 
 __all__ = [
@@ -75,6 +85,7 @@ __all__ = [
     "NotStreamableError",
     "merge_adapter",
     "merge_streamed",
+    "merged_in_memory",
     "probe_ids",
     "probe_logits",
     "read_back",
@@ -83,7 +94,6 @@ __all__ = [
     "write_merged",
 ]
 
-_PEFT_PREFIX = "base_model.model."
 _GENERATION_NAME = "generation_config.json"
 # Starting values that leave the base's weights alone; the others (PiSSA, LoftQ ...) subtract something from them.
 _PLAIN_STARTS = (True, False, "gaussian", "orthogonal")
@@ -106,7 +116,7 @@ class _StreamPlan:
     weights: StoredWeights
     config: PreTrainedConfig
     skeleton: PreTrainedModel
-    targets: Mapping[str, LoraTarget]
+    targets: Mapping[str, MergeTarget]
 
 
 def merge_adapter(
@@ -131,6 +141,8 @@ def merge_adapter(
     device = choose_device()
     chosen_dtype = choose_dtype(dtype, device)
     refuse_existing(destination)
+    if read_provenance(adapter).get("adaptation") == "full":
+        return _write_whole(adapter, destination, chosen_dtype, device, scale=scale, onto=onto)
     placement = place_adapter(adapter, scale=scale, onto=onto)
     try:
         base_folder = safetensors_folder(placement.source)
@@ -144,6 +156,24 @@ def merge_adapter(
     wrapped = placement.apply(model)
     _, proof = write_merged(destination, wrapped, load_tokenizer(placement.source), placement.provenance)
     return replace(proof, way=f"merged in memory, not streamed: {reason}", warnings=placement.warnings)
+
+
+def _write_whole(
+    folder: Path, destination: Path, dtype: torch.dtype, device: torch.device, *, scale: float, onto: str | None
+) -> MergeProof:
+    """The plain checkpoint of a model that was trained as a whole: only the form of its positions may change."""
+    if scale != 1.0 or onto is not None:
+        raise UsageError(
+            "every weight was trained, so there is no adapter to make weaker or to add to another model",
+            where="--scale" if scale != 1.0 else "--onto",
+            got=str(folder),
+        )
+    source = ModelSource(str(folder), str(folder))
+    model = load_trained(folder, source, load_config(source), dtype=dtype, device=device)
+    # "portable": false is about the folder that is read; what is written has the form that every reader computes right.
+    provenance = {key: value for key, value in read_provenance(folder).items() if key != "portable"}
+    _, proof = write_merged(destination, model, load_tokenizer(source), provenance)
+    return replace(proof, way="every weight was trained; written from memory")
 
 
 def merge_streamed(
@@ -190,8 +220,14 @@ def merge_streamed(
     return replace(shown, way=f"merged file by file; {report.summary()}", warnings=placement.warnings)
 
 
+def merged_in_memory(trained: Any) -> Any:
+    """A model from `load_trained` as a plain one: an adapter merged into it, and spent by that."""
+    merged = trained.merge_and_unload() if isinstance(trained, PeftModel) else trained
+    return merged.eval()
+
+
 def write_merged(
-    folder: Path, model: PeftModel, tokenizer: PreTrainedTokenizerBase, provenance: dict[str, Any]
+    folder: Path, model: Any, tokenizer: PreTrainedTokenizerBase, provenance: dict[str, Any]
 ) -> tuple[PreTrainedModel, MergeProof]:
     """Merge in memory, write atomically, read back and compare; returns the model that was read back.
 
@@ -202,7 +238,7 @@ def write_merged(
         ResourceError: not enough disk.
     """
     model.eval()
-    base: Any = model.get_base_model()
+    base = causal_lm(model)
     target_length = int(provenance["target_length"])
     dtype, device = base.dtype, base.device
     require_free_space(
@@ -210,7 +246,7 @@ def write_merged(
     )
     probe = probe_ids(tokenizer)
     expected = probe_logits(model, probe, target_length)
-    merged: Any = model.merge_and_unload()
+    merged = merged_in_memory(model)
     same_weights = probe_logits(merged, probe, target_length)
     config = _take_exported_form(merged)
     with tensor_write_errors(folder), directory_atomic(folder) as partial:
@@ -346,7 +382,7 @@ def _plan(placement: Placement, base_folder: Path) -> _StreamPlan:
         ArtefactError: adapter and base do not fit together.
     """
     adapter, config = placement.adapter, placement.config
-    lora = LoraConfig.from_pretrained(str(adapter))
+    lora = plain_lora_config(adapter)
     if lora.init_lora_weights not in _PLAIN_STARTS:
         raise NotStreamableError(f"the adapter changes its base at the start ({lora.init_lora_weights})")
     if getattr(config, "quantization_config", None) is not None:
@@ -361,16 +397,23 @@ def _plan(placement: Placement, base_folder: Path) -> _StreamPlan:
     parameters = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
     renamed = _renamed_on_loading(skeleton, weights)
     tied = {name for pair in skeleton.all_tied_weights_keys.items() for name in pair}
+    file = adapter / ADAPTER_WEIGHTS
+    places = read_header(file)
+    whole = whole_names(places, skeleton, adapter)
     with quiet():
         wrapped = get_peft_model(skeleton, lora, low_cpu_mem_usage=True)
     assert isinstance(wrapped, PeftModel)
-    file = adapter / ADAPTER_WEIGHTS
-    places = read_header(file)
-    stand_ins = {name: torch.empty(info.shape, device="meta") for name, info in places.items()}
+    stand_ins = {key: torch.empty(info.shape, device="meta") for key, info in places.items() if key not in whole}
     set_adapter_tensors(wrapped, stand_ins, str(adapter))
-    targets = {}
+    targets: dict[str, MergeTarget] = {}
+    for key, parameter in whole.items():
+        for name in _stored_names(parameter, skeleton, weights):
+            if name in renamed:
+                raise NotStreamableError(f"transformers loads {name} from tensors of other names or forms")
+            _require_shape(weights, name, places[key].shape)
+            targets[name] = WholeTarget(file, places[key])
     for layer, scaling in _plain_layers(wrapped).items():
-        name = f"{layer.removeprefix(_PEFT_PREFIX)}.weight"
+        name = f"{layer.removeprefix(PEFT_PREFIX)}.weight"
         if name not in weights.tensors or name in renamed:
             raise NotStreamableError(f"transformers loads {name} from tensors of other names or forms")
         if name in tied:
@@ -379,6 +422,19 @@ def _plan(placement: Placement, base_folder: Path) -> _StreamPlan:
         a, b = places[f"{layer}.lora_A.weight"], places[f"{layer}.lora_B.weight"]
         targets[name] = LoraTarget(file, a, b, scaling * placement.scale)
     return _StreamPlan(weights, config, skeleton, targets)
+
+
+def _stored_names(name: str, skeleton: PreTrainedModel, weights: StoredWeights) -> list[str]:
+    """Under which names the checkpoint holds a parameter: a tied one under either, or both.
+
+    Raises:
+        NotStreamableError: under none.
+    """
+    tied = {name} | {part for pair in skeleton.all_tied_weights_keys.items() if name in pair for part in pair}
+    stored = sorted(tied & weights.tensors.keys())
+    if not stored:
+        raise NotStreamableError(f"transformers loads {name} from tensors of other names or forms")
+    return stored
 
 
 def _renamed_on_loading(skeleton: PreTrainedModel, weights: StoredWeights) -> set[str]:
@@ -435,8 +491,10 @@ def _require_shape(weights: StoredWeights, name: str, shape: tuple[int, ...]) ->
         raise NotStreamableError(f"the base is stored in {info.dtype}", where=str(weights.folder))
 
 
-def _edit(target: LoraTarget) -> RowwiseEdit:
-    """W + scaling * (B @ A) for some rows; A and B are read when they are needed."""
+def _edit(target: MergeTarget) -> RowwiseEdit:
+    """W + scaling * (B @ A) for some rows, or the trained rows; they are read when they are needed."""
+    if isinstance(target, WholeTarget):
+        return RowwiseEdit(lambda rows, first: read_tensor(target.file, target.trained, first, len(rows)).float())
 
     def add(rows: Tensor, first: int) -> Tensor:
         a = read_tensor(target.file, target.a).float()

@@ -25,13 +25,19 @@ from ctxext.rope.base import BaseRope
 from ctxext.rope.families import base_ropes, text_config
 from ctxext.rope.methods import create_method
 from ctxext.rope.patchers import apply_method
-from ctxext.train.adapter import PROVENANCE_NAME, adapter_config, base_of, load_adapter, read_provenance
+from ctxext.train.adapter import (
+    ADAPTER_WEIGHTS,
+    PEFT_PREFIX,
+    PROVENANCE_NAME,
+    adapter_config,
+    base_of,
+    load_adapter,
+    read_provenance,
+)
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # Beside what training wrote into ctxext.json: a factor other than 1, and the base where it is not the adapter's.
 SCALE_KEY, TRAINED_ON_KEY = "adapter_scale", "adapter_trained_on"
 
-_PEFT_PREFIX = "base_model.model."
 # What decides how a layer computes without showing in the shapes of its weights.
 _STRUCTURE = (
     "num_hidden_layers",
@@ -109,7 +115,18 @@ def _check_scale(adapter: Path, scale: float, onto: str | None) -> None:
     if not 0 < scale < float("inf"):
         raise UsageError("the factor must be a positive number", where="--scale", got=scale, expected="0.5, 1, 1.5 ...")
     option = "--scale" if scale != 1.0 else "--onto"
-    if (scale != 1.0 or onto is not None) and LoraConfig.from_pretrained(str(adapter)).use_dora:
+    if scale == 1.0 and onto is None:
+        return
+    config = LoraConfig.from_pretrained(str(adapter))
+    if config.modules_to_save:
+        raise UsageError(
+            "the adapter holds embeddings and norms that were trained whole and take the place of the base's; they are "
+            "no sum that could be made weaker or added to other weights",
+            where=option,
+            got=str(adapter),
+            hint="Merge it as it is, or train with lora.embeddings_and_norms=false.",
+        )
+    if config.use_dora:
         raise UsageError(
             "a weight-decomposed adapter (DoRA) replaces the length of every weight's rows; it is no sum that could be "
             "made weaker or added to other weights",
@@ -167,7 +184,7 @@ def _differences(adapter: Path, base: Any, sibling: Any, on_existing: Any) -> It
         {name: tuple(parameter.shape) for name, parameter in meta_model(config).named_parameters()}
         for config in (base, sibling)
     ]
-    places = {name.removeprefix(_PEFT_PREFIX).split(".lora_")[0] for name in read_header(adapter / ADAPTER_WEIGHTS)}
+    places = {name.removeprefix(PEFT_PREFIX).split(".lora_")[0] for name in read_header(adapter / ADAPTER_WEIGHTS)}
     for name, shape in shapes[0].items():
         if name in places or name.rpartition(".")[0] in places:
             other = shapes[1].get(name)

@@ -109,6 +109,22 @@ class LoraTarget:
     scaling: float
 
 
+@dataclass(frozen=True)
+class WholeTarget:
+    """A tensor that was trained whole: the merged weight is the trained one, rounded.
+
+    Attributes:
+        file: the adapter's tensors.
+        trained: where it lies in the file.
+    """
+
+    file: Path
+    trained: TensorInfo
+
+
+MergeTarget = LoraTarget | WholeTarget
+
+
 def probe_ids(tokenizer: Any) -> list[int]:
     """Token ids of a fixed text that the tokenizer knows."""
     ids = encode_plain(tokenizer, _PROBE_TEXT)
@@ -189,7 +205,7 @@ def device_for_logits(num_parameters: int, preferred: torch.device) -> torch.dev
 
 
 def prove_by_samples(
-    folder: Path, base: StoredWeights, targets: Mapping[str, LoraTarget], config: Any, destination: Path
+    folder: Path, base: StoredWeights, targets: Mapping[str, MergeTarget], config: Any, destination: Path
 ) -> MergeProof:
     """Compare samples of every tensor in `folder` with what it must hold; little memory, whatever the model's size.
 
@@ -225,13 +241,11 @@ def prove_by_samples(
     return MergeProof(destination, None, verification, num_merged_tensors=len(targets), num_other_tensors=len(others))
 
 
-def _check_rows(merged: Any, base: Any, target: LoraTarget, where: str) -> None:
+def _check_rows(merged: Any, base: Any, target: MergeTarget, where: str) -> None:
     num_rows = merged.get_shape()[0]
-    a = read_tensor(target.file, target.a).double()
     for first in {0, max(0, num_rows // 2 - _SAMPLED_ROWS), max(0, num_rows - _SAMPLED_ROWS)}:
         rows = slice(first, min(first + _SAMPLED_ROWS, num_rows))
-        b = read_tensor(target.file, target.b, first, rows.stop - first).double()
-        expected = base[rows].double() + target.scaling * (b @ a)
+        expected = _expected_rows(base[rows].double(), target, first)
         stored = merged[rows]
         kind = torch.finfo(stored.dtype)
         allowed = (
@@ -248,6 +262,15 @@ def _check_rows(merged: Any, base: Any, target: LoraTarget, where: str) -> None:
                 expected=f"at most {float(allowed.max()):.2g}",
                 hint="Please report this.",
             )
+
+
+def _expected_rows(base: Tensor, target: MergeTarget, first: int) -> Tensor:
+    """Rows `first`, `first + 1`, ... in float64."""
+    if isinstance(target, WholeTarget):
+        return read_tensor(target.file, target.trained, first, len(base)).double()
+    a = read_tensor(target.file, target.a).double()
+    b = read_tensor(target.file, target.b, first, len(base)).double()
+    return base + target.scaling * (b @ a)
 
 
 def _ends(weights: StoredWeights, name: str) -> tuple[bytes, bytes]:

@@ -9,11 +9,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ctxext.model.offload import already_on_host, nothing_to_offload, offload_layer_inputs
+from ctxext.model.parts import causal_lm
 from ctxext.model.tiling import tile_modules, untile_modules
 from ctxext.recipe.schema import TrainBlock
 
@@ -67,13 +67,13 @@ def check_savings(train: TrainBlock, window_tokens: int, device_type: str) -> No
         raise already_on_host()
 
 
-def apply_savings(model: PeftModel, savings: Savings) -> None:
-    """Put the savings onto a model with its adapter.
+def apply_savings(model: nn.Module, savings: Savings) -> None:
+    """Put the savings onto a model that is ready to be trained.
 
     Raises:
         UsageError: offloading without checkpoints, or without an accelerator.
     """
-    base: Any = model.get_base_model()
+    base: Any = causal_lm(model)
     _drop_adapter_input_casts(model)
     if savings.checkpoint_every is not None:
         base.activation_checkpointing_enable(every_n_layers=savings.checkpoint_every)
@@ -99,7 +99,7 @@ def without_savings(model: nn.Module, savings: Savings) -> Iterator[None]:
             tile_modules(model, savings.tile_tokens)
 
 
-def _drop_adapter_input_casts(model: PeftModel) -> None:
+def _drop_adapter_input_casts(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
             cast = partial(_cast_where_needed, type(module)._cast_input_dtype, module)

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ctxext.errors import UsageError
+from ctxext.export.merge import merged_in_memory
 from ctxext.files import sha256_file
 from ctxext.model.load import ModelSource, load_config, load_model, resolve_source, short_name, weights_fingerprint
 from ctxext.model.windowed import attention_for
@@ -20,7 +21,14 @@ from ctxext.pipeline.verify import find_checkpoint
 from ctxext.rope.families import OnExisting, base_ropes, length_before_scaling, text_config
 from ctxext.rope.methods import RopeMethod, create_method
 from ctxext.rope.patchers import apply_method
-from ctxext.train.adapter import PROVENANCE_NAME, adapter_config, base_of, load_adapter, read_provenance
+from ctxext.train.adapter import (
+    ADAPTER_WEIGHTS,
+    PROVENANCE_NAME,
+    adapter_config,
+    base_of,
+    load_adapter,
+    read_provenance,
+)
 
 _METHOD_PREFIX = "method:"
 _ACCEPTED = "base, untrained, NAME=MODEL (a folder, adapter, run or hub id), or NAME=method:yarn[,beta_fast=64]"
@@ -64,7 +72,7 @@ class OpenedArm:
         """What identifies the weights; the positions are the config's business."""
         identity = {"source": self.source.name, "fingerprint": weights_fingerprint(self.source, self.config)}
         if self.adapter is not None:
-            identity["adapter"] = sha256_file(self.adapter / "adapter_model.safetensors")[:16]
+            identity["adapter"] = sha256_file(self.adapter / ADAPTER_WEIGHTS)[:16]
         return identity
 
     def load(self, *, dtype: torch.dtype, device: torch.device, device_map: str | None = None) -> PreTrainedModel:
@@ -79,9 +87,7 @@ class OpenedArm:
         )
         if self.adapter is None:
             return model
-        merged: Any = load_adapter(self.adapter, model).merge_and_unload()
-        merged.eval()
-        ready: PreTrainedModel = merged
+        ready: PreTrainedModel = merged_in_memory(load_adapter(self.adapter, model))
         return ready
 
 
@@ -158,7 +164,7 @@ def open_arm(
     assert name is not None
     folder = Path(name).expanduser()
     if folder.is_dir() and not (folder / "config.json").is_file():
-        folder = find_checkpoint(folder)  # a run: its merged checkpoint, else its adapter
+        folder = find_checkpoint(folder)  # a run: its merged checkpoint, else what it trained
         name = str(folder)
     label = arm_labels(spec.method.method if spec.method else "extended").get(spec.name, spec.name)
     if (folder / "adapter_config.json").is_file():

@@ -23,6 +23,7 @@ from rich.text import Text
 from ctxext.evaluation.store import SampleResult
 from ctxext.evaluation.suite import Cell, Sample
 from ctxext.files import format_bytes
+from ctxext.model.adaptation import TrainedPart
 from ctxext.pipeline.run_folder import recipe_yaml
 from ctxext.planning.memory_plan import memory_rows
 from ctxext.planning.plan import Plan
@@ -136,7 +137,8 @@ class _TrainLine:
     def start(self, start: TrainStart) -> None:
         share = 100 * start.num_trainable / start.num_parameters
         for message in (
-            f"{start.num_trainable:,} of {start.num_parameters:,} parameters train ({share:.1f}%)",
+            f"{start.num_trainable:,} of {start.num_parameters:,} parameters train ({share:.1f}%): "
+            + ", ".join(part.describe() for part in start.trained),
             f"after preparation, {start.verification.summary()}",
             f"attention kernel: {', '.join(start.kernels) or 'none: plain matrix products'}",
             *start.messages,
@@ -371,6 +373,23 @@ class _PlainLines:
             self._last, self._due = now, None
 
 
+def trained_rows(plan: Plan) -> list[tuple[str, str]]:
+    """What trains, by kind, with its share of the model and its bytes."""
+    share = f"{100 * plan.num_trainable / plan.num_parameters:.2g}%"
+    parts = [TrainedPart(**part) for part in plan.trained]
+    return [
+        (
+            "trained",
+            f"{plan.adaptation}: {plan.num_trainable:,} parameters ({share} of the model's number); with gradients and "
+            f"moments {format_bytes(plan.trainable_bytes)}",
+        ),
+        *(
+            ("", f"{part.describe()} ({part.num_parameters / plan.num_trainable:.1%}), {format_bytes(part.num_bytes)}")
+            for part in parts
+        ),
+    ]
+
+
 def plan_rows(plan: Plan, estimated_seconds: float, output_dir: str) -> list[tuple[str, str]]:
     """The plan as (name, text) for people."""
     steps_tokens = f"{plan.train_tokens:,} tokens: {plan.steps} steps x {plan.windows_per_step} x {plan.window_tokens}"
@@ -390,10 +409,7 @@ def plan_rows(plan: Plan, estimated_seconds: float, output_dir: str) -> list[tup
         ),
         ("training", f"{steps_tokens}, {plan.window_mode} windows{facts}"),
         *(("data", line) for line in plan.data),
-        (
-            "adapter",
-            f"LoRA, {plan.num_trainable:,} parameters; with gradients and moments {format_bytes(plan.trainable_bytes)}",
-        ),
+        *trained_rows(plan),
         ("attention", plan.attention),
         *(memory_rows(plan.memory) if plan.memory else ()),
         (

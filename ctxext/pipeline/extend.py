@@ -29,7 +29,7 @@ from ctxext.evaluation.sharding import this_launch
 from ctxext.evaluation.store import load_samples
 from ctxext.evaluation.suite import resolve_samples, stored_suite
 from ctxext.export.card import is_edited, write_card
-from ctxext.export.merge import read_back, write_merged
+from ctxext.export.merge import merged_in_memory, read_back, write_merged
 from ctxext.files import fingerprint, read_json, require_free_space, verify_manifest, write_json_atomic
 from ctxext.model.attention_choice import AttentionHost, attention_of
 from ctxext.model.load import (
@@ -42,11 +42,12 @@ from ctxext.model.load import (
     resolve_source,
     short_name,
 )
+from ctxext.model.parts import causal_lm
 from ctxext.pipeline.excerpts import write_excerpts
 from ctxext.pipeline.gates import enforce_gates
 from ctxext.pipeline.report import arms_of_run, gather, report_run
 from ctxext.pipeline.reporter import Reporter
-from ctxext.pipeline.run_folder import RunFolder, environment_facts
+from ctxext.pipeline.run_folder import ADAPTER_NAME, WHOLE_NAME, RunFolder, environment_facts
 from ctxext.pipeline.training_data import TrainingData, prepare_training_data, streamed_json
 from ctxext.planning.cost import estimated_seconds, measured_flops_per_second
 from ctxext.planning.periodic_plan import periodic_suite
@@ -57,7 +58,7 @@ from ctxext.rope.methods import NoRewrite, RopeMethod
 from ctxext.rope.patchers import apply_method
 from ctxext.rope.portable import exported_form
 from ctxext.rope.verify import verify_positions
-from ctxext.train.adapter import load_adapter, read_provenance, save_adapter
+from ctxext.train.adapter import load_trained, read_provenance, save_trained
 from ctxext.train.checkpoint import TrainState
 from ctxext.train.loop import Trainer, make_accelerator
 from ctxext.train.periodic import CHECKPOINT, PeriodicEvaluation
@@ -98,6 +99,11 @@ class _Job:
     accelerator: Accelerator
     training_data: TrainingData | None = None
     origin: Origin | None = None
+
+    @property
+    def trained_name(self) -> str:
+        """Of the folder that training writes, in the run's and in the control arm's folder."""
+        return WHOLE_NAME if self.recipe.adaptation == "full" else ADAPTER_NAME
 
     @property
     def is_main(self) -> bool:
@@ -188,7 +194,8 @@ def _run_stages(job: _Job, last_stage: str) -> None:
         stages.append(("evaluate-base", "evaluate the base model", _evaluate_base))
     if job.recipe.evaluation.untrained and last_stage == "report":
         stages.append(("evaluate-untrained", "evaluate the extended model before training", _evaluate_untrained))
-    stages.append(("train", "train LoRA at the longer length", _train_extended))
+    what = "every weight" if job.recipe.adaptation == "full" else "LoRA"
+    stages.append(("train", f"train {what} at the longer length", _train_extended))
     if last_stage == "merge":
         stages.append(("merge", "merge, write and read back the plain checkpoint", _merge))
     elif last_stage == "report":
@@ -228,6 +235,13 @@ def _load(job: _Job, config: PreTrainedConfig, attention: str = "sdpa") -> PreTr
     model = load_model(job.source, config, dtype=job.dtype, device=job.device, attention=attention)
     job.reporter.info(verify_positions(model, config).summary())
     return model
+
+
+def _load_trained(job: _Job, folder: Path, method: RopeMethod) -> Any:
+    config = _config_for(job, method)
+    trained = load_trained(folder, job.source, config, dtype=job.dtype, device=job.device)
+    job.reporter.info(verify_positions(causal_lm(trained), config).summary())
+    return trained
 
 
 def _evaluate(job: _Job, model: PreTrainedModel, arm: str, title: str) -> None:
@@ -357,7 +371,7 @@ def _train(job: _Job, method: RopeMethod, folder: Path, adapter: Path, title: st
         job.accelerator.end_training()
     if job.is_main:
         chosen = {} if trainer.chosen is None else {CHECKPOINT: asdict(trainer.chosen)}
-        save_adapter(adapter, trainer.model, _provenance(job, method) | chosen)
+        save_trained(adapter, trainer.model, job.tokenizer, _provenance(job, method) | chosen)
     job.accelerator.wait_for_everyone()
     job.accelerator.free_memory()  # it would keep the trained model beside those of later stages
 
@@ -387,7 +401,7 @@ def _periodic(job: _Job, method: RopeMethod, folder: Path) -> PeriodicEvaluation
 
 
 def _train_extended(job: _Job) -> None:
-    _train(job, job.recipe.rope, job.run.path, job.run.adapter, f"train {job.recipe.rope.method}")
+    _train(job, job.recipe.rope, job.run.path, job.run.path / job.trained_name, f"train {job.recipe.rope.method}")
 
 
 def _merge(job: _Job) -> PreTrainedModel | None:
@@ -399,9 +413,10 @@ def _merge(job: _Job) -> PreTrainedModel | None:
     if not job.is_main:
         this_launch().wait()
         return _read_merged(job)
-    wrapped = load_adapter(job.run.adapter, _load(job, _config_for(job, job.recipe.rope)))
+    trained = job.run.path / job.trained_name
+    wrapped = _load_trained(job, trained, job.recipe.rope)
     provenance = _provenance(job, job.recipe.rope)
-    provenance |= {key: value for key, value in read_provenance(job.run.adapter).items() if key == CHECKPOINT}
+    provenance |= {key: value for key, value in read_provenance(trained).items() if key == CHECKPOINT}
     if job.origin is not None:
         # Readers of the checkpoint care for the model that it comes from, not for a folder between the stages.
         origin = {"source": job.origin.source.name, "revision": job.origin.source.revision}
@@ -433,13 +448,11 @@ def _merge_and_evaluate(job: _Job) -> None:
 
 def _control_arm(job: _Job) -> None:
     method = NoRewrite(control=True)
-    adapter = job.run.control / "adapter"
+    adapter = job.run.control / job.trained_name
     _train(job, method, job.run.control, adapter, "train the control arm")
     if _evaluation_complete(job, "control"):
         return
-    config = _config_for(job, method)
-    merged: Any = load_adapter(adapter, _load(job, config)).merge_and_unload()
-    merged.eval()
+    merged = merged_in_memory(_load_trained(job, adapter, method))
     _evaluate(job, merged, "control", "control arm: no rewrite, same training")
 
 

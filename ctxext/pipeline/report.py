@@ -152,7 +152,7 @@ def gather(run: RunFolder, recipe: Recipe) -> tuple[ReportFacts, list[Arm]]:
         seconds=run.status()["stages"],
         environment=read_json(run.path / "environment.json"),
         notes=notes,
-        target_reached=True if run.adapter.is_dir() else None,
+        target_reached=True if run.trained is not None else None,
     )
     return facts, arms
 

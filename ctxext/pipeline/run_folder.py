@@ -26,6 +26,8 @@ _PACKAGES = (
     "safetensors",
 )
 
+# What training writes: an adapter, or the whole model after full fine-tuning.
+ADAPTER_NAME, WHOLE_NAME = TRAINED_NAMES = ("adapter", "trained")
 # In a folder of `ctxext eval`: what its report says besides the samples.
 FACTS_NAME = "evaluation.json"
 
@@ -37,9 +39,9 @@ class RunFolder:
         self.path = path
 
     @property
-    def adapter(self) -> Path:
-        """LoRA weights with the extended config."""
-        return self.path / "adapter"
+    def trained(self) -> Path | None:
+        """What training has written, with the extended config: an adapter, or a whole model; None before that."""
+        return next((self.path / name for name in TRAINED_NAMES if (self.path / name).is_dir()), None)
 
     @property
     def merged(self) -> Path:

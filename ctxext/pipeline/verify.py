@@ -46,14 +46,14 @@ class _Loaded:
 
 
 def find_checkpoint(folder: Path) -> Path:
-    """The folder that is meant: a run's merged checkpoint, else its adapter, else the folder itself.
+    """The folder that is meant: a run's merged checkpoint, else what it has trained, else the folder itself.
 
     Raises:
         ArtefactError: no such folder.
     """
     if not folder.is_dir():
         raise ArtefactError("folder not found", where=str(folder))
-    for inside in ("merged", "adapter"):
+    for inside in ("merged", "adapter", "trained"):
         if (folder / inside).is_dir():
             return folder / inside
     return folder

@@ -2,7 +2,8 @@
 
 With n parameters in matrices, prefilling S tokens costs 2 n S + 2 layers x heads x head_dim x S^2 (causal attention
 computes half of 4 layers x heads x head_dim x S^2). A LoRA step costs twice the forward pass for the matrices (frozen
-weights need no gradient of their own) and three and a half times for attention.
+weights need no gradient of their own), a step of full fine-tuning three times, and both three and a half times for
+attention.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ class ModelShape:
             2.0 * self.num_matrix_parameters * num_tokens + 2.0 * self.num_layers * self.attention_width * num_tokens**2
         )
 
-    def train_flops(self, window_tokens: int, activation_checkpointing: bool) -> float:
-        """Forward and backward of one window with frozen base weights."""
+    def train_flops(self, window_tokens: int, activation_checkpointing: bool, full: bool = False) -> float:
+        """Forward and backward of one window; with `full`, every weight has a gradient as well."""
         matrices = 2.0 * self.num_matrix_parameters * window_tokens
         attention = 2.0 * self.num_layers * self.attention_width * window_tokens**2
         recomputed = matrices + attention if activation_checkpointing else 0.0
-        return 2.0 * matrices + 3.5 * attention + recomputed
+        return (3.0 if full else 2.0) * matrices + 3.5 * attention + recomputed
 
 
 def model_shape(config: Any) -> ModelShape:

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from ctxext.errors import CtxextError, UnsupportedModelError, first_line
+from ctxext.model.adaptation import adapt
 from ctxext.model.documents import DOCUMENTS
-from ctxext.model.lora import add_lora
+from ctxext.model.parts import is_adapter_name
 from ctxext.model.savings import Savings, apply_savings
 from ctxext.planning.trace import FUSED, Ledger, Peak, fused_attention_on_meta
-from ctxext.recipe.schema import LoraBlock
+from ctxext.recipe.adaptation import Adaptation, LoraBlock
 
 # Makes the loss module of a model with its adapter: called with input_ids and position_ids, gives the summed loss.
 Objective = Callable[[Any], nn.Module]
@@ -69,7 +70,8 @@ class StepMemory:
 
     Attributes:
         peak_bytes: the most at one time.
-        split: its parts: weights, adapters, optimizer, gradients, saved activations, temporaries, gathered layers.
+        split: its parts: weights (frozen), adapters, trained weights, optimizer, gradients, saved activations,
+            temporaries, gathered layers.
         operation: what was running, with the shape of what it made.
         phase: forward, backward or optimizer.
         host_bytes: the most that lay in host memory, one process.
@@ -93,6 +95,7 @@ def trace_step(
     shape: StepShape,
     objective: Objective,
     sharding: Sharding = ONE_DEVICE,
+    adaptation: Adaptation = "lora",
 ) -> StepMemory:
     """Trace one training step of the model that `config` describes.
 
@@ -100,7 +103,7 @@ def trace_step(
         UnsupportedModelError: the model decides by values what it computes (routed experts in a Python loop), which
             meta tensors do not have.
     """
-    model = _meta_model(config, lora, savings, shape)
+    model = _meta_model(config, adaptation, lora, savings, shape)
     loss = objective(model)
     optimizer, moments = _optimizer_with_moments(model)
     tokens = -(-shape.window_tokens // sharding.sequence)
@@ -109,7 +112,9 @@ def trace_step(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     ledger.register("weights", (p for p in model.parameters() if not p.requires_grad))
     ledger.register("weights", model.buffers())
-    ledger.register("adapters", trained)
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    ledger.register("adapters", (p for name, p in named if is_adapter_name(name)))
+    ledger.register("trained weights", (p for name, p in named if not is_adapter_name(name)))
     ledger.register("optimizer", moments)
     try:
         with fused_attention_on_meta(shape.device), ledger:
@@ -134,13 +139,15 @@ def trace_step(
     return _sharded(_as_memory(peak), _gathered_bytes(model), sharding.weights)
 
 
-def _meta_model(config: PreTrainedConfig, lora: LoraBlock, savings: Savings, shape: StepShape) -> Any:
+def _meta_model(
+    config: PreTrainedConfig, adaptation: Adaptation, lora: LoraBlock, savings: Savings, shape: StepShape
+) -> Any:
     # What runs without this device's kernels is traced as it is.
     as_it_is = {"sdpa", "eager"} | ({DOCUMENTS} if shape.device == "cpu" else set())
     attention = shape.attention if shape.attention in as_it_is else FUSED
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config, dtype=shape.dtype, attn_implementation=attention)
-        model = add_lora(base, lora, seed=0)
+        model = adapt(base, adaptation, lora, seed=0)
     model.train()
     apply_savings(model, savings)
     return model
@@ -183,7 +190,7 @@ def _sharded(memory: StepMemory, gathered_bytes: int, num_shards: int) -> StepMe
     if num_shards == 1:
         return memory
     split = dict(memory.split)
-    for kind in ("weights", "adapters", "gradients", "optimizer"):
+    for kind in ("weights", "adapters", "trained weights", "gradients", "optimizer"):
         if kind in split:
             split[kind] = -(-split[kind] // num_shards)
     split["gathered layers"] = gathered_bytes

@@ -127,7 +127,8 @@ class _Tracer:
     def trace_savings(self, savings: Savings, windows: int, window_tokens: int) -> StepMemory:
         """The step with these savings."""
         shape = StepShape(windows, window_tokens, self._device.dtype, self._device.kind, self._attention)
-        return trace_step(self._config, self._recipe.lora, savings, shape, self._objective, self._sharding)
+        recipe = self._recipe
+        return trace_step(self._config, recipe.lora, savings, shape, self._objective, self._sharding, recipe.adaptation)
 
 
 def _device_of(recipe: Recipe) -> _Device:

@@ -14,10 +14,11 @@ from ctxext.errors import CtxextError
 from ctxext.evaluation.arms import CONTROL_TASK
 from ctxext.evaluation.suite import Sample, load_suite, resolve_samples
 from ctxext.files import fingerprint
+from ctxext.model.adaptation import adapt, frozen_notes, trained_parts
 from ctxext.model.assumptions import assumed_by_default
 from ctxext.model.attention_choice import planned_attention
 from ctxext.model.load import choose_device, load_config, resolve_source, weights_fingerprint
-from ctxext.model.lora import add_lora, num_trainable
+from ctxext.model.lora import num_trainable
 from ctxext.model.quantized import check_bitsandbytes
 from ctxext.model.savings import check_savings
 from ctxext.planning.cost import ModelShape, attention_width
@@ -45,7 +46,9 @@ class Plan:
         arms: names of the evaluated arms, in order.
         prefill_tokens: prompt tokens of one arm's evaluation.
         train_flops, evaluation_flops: of one training with what is evaluated meanwhile, and of all arms' evaluations.
-        trainable_bytes: LoRA weights, gradients in float32 and both AdamW moments, in float32 or 8 bits.
+        adaptation: lora, qlora or full.
+        trained: what trains, by kind (`model.adaptation.TrainedPart`).
+        trainable_bytes: trained weights, gradients in float32 and both AdamW moments, in float32 or 8 bits.
         cache_bytes: KV cache of the longest evaluated prompt, in float32.
         weights: fingerprint of the base weights.
         plan_id: hash of everything that changes results.
@@ -71,6 +74,8 @@ class Plan:
     attention_factor: float
     num_parameters: int
     num_trainable: int
+    adaptation: str
+    trained: list[dict[str, Any]]
     window_mode: str
     window_tokens: int
     windows_per_step: int
@@ -131,6 +136,7 @@ def make_plan(recipe: Recipe) -> Plan:
     check_bitsandbytes(recipe, device_type)
     attention = planned_attention(recipe, extended)
     shape = ModelShape(counts.matrices, text.num_hidden_layers, attention_width(text))
+    window_flops = shape.train_flops(window_tokens, checkpointing, full=recipe.adaptation == "full")
     train_tokens = recipe.train.steps * recipe.train.windows_per_step * window_tokens
     arms = arms_of(recipe)
     # Only what changes results: where the run is written, how often it saves and what else is evaluated do not.
@@ -171,12 +177,15 @@ def make_plan(recipe: Recipe) -> Plan:
         positions=describe_positions(extended),
         notes=[
             *assumed_by_default(source, config),
+            *counts.notes,
             *facts_notes(recipe.data, suite),
             *training_notes(config, recipe.train),
         ],
         attention_factor=method.attention_multiplier(base),
         num_parameters=counts.total,
         num_trainable=counts.trainable,
+        adaptation=recipe.adaptation,
+        trained=counts.trained,
         window_mode=recipe.data.windows.mode,
         window_tokens=window_tokens,
         windows_per_step=recipe.train.windows_per_step,
@@ -189,7 +198,7 @@ def make_plan(recipe: Recipe) -> Plan:
         num_samples=len(samples),
         prefill_tokens=sum(sample.cell.length_tokens for sample in samples),
         longest_prompt=max(sample.cell.length_tokens for sample in samples),
-        train_flops=train_tokens / window_tokens * shape.train_flops(window_tokens, checkpointing)
+        train_flops=train_tokens / window_tokens * window_flops
         + len(evaluated_steps(recipe.train)) * evaluation_flops(shape, samples_during),
         evaluation_flops=len(arms) * evaluation_flops(shape, samples),
         trainable_bytes=counts.trainable * 2 * (_FLOAT32_BYTES + recipe.train.moment_bytes),
@@ -217,6 +226,8 @@ class _Counts:
     total: int
     trainable: int
     matrices: int
+    trained: list[dict[str, Any]]
+    notes: list[str]
 
 
 def _count_parameters(config: Any, recipe: Recipe) -> _Counts:
@@ -228,8 +239,10 @@ def _count_parameters(config: Any, recipe: Recipe) -> _Counts:
         tied = bool(getattr(text_config(config), "tie_word_embeddings", False))
         # The output embedding multiplies every token, the input embedding only looks rows up.
         matrices = total if tied else total - embeddings
-        trainable = num_trainable(add_lora(model, recipe.lora, seed=0))
-    return _Counts(total, trainable, matrices)
+        notes = frozen_notes(model, recipe.adaptation, recipe.lora)
+        adapted = adapt(model, recipe.adaptation, recipe.lora, seed=0)
+    trained = [part.to_json() for part in trained_parts(adapted, recipe.train.moment_bytes)]
+    return _Counts(total, num_trainable(adapted), matrices, trained, notes)
 
 
 def _on_existing(values: dict[str, Any]) -> OnExisting:

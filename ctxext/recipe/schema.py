@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from ctxext.recipe.adaptation import LoraBlock
+from ctxext.recipe.adaptation import Adaptation, LoraBlock
 from ctxext.recipe.base import Block, PositiveInt
 from ctxext.recipe.data import DataBlock
 from ctxext.recipe.gates import GatesBlock
@@ -111,7 +111,7 @@ class Recipe(Block):
     target_length: PositiveInt
     stages: Annotated[list[StageBlock], Field(min_length=2)] | None = None
     data: DataBlock = DataBlock()
-    adaptation: Literal["lora", "qlora", "full"] = "lora"
+    adaptation: Adaptation = "lora"
     lora: LoraBlock = LoraBlock()
     train: TrainBlock = TrainBlock()
     parallel: ParallelBlock = ParallelBlock()
@@ -149,6 +149,12 @@ class Recipe(Block):
                     f"train.evaluate needs the whole model in every process, and parallel.{key} shares it; leave one "
                     "of them out, and evaluate checkpoints with `ctxext eval`"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _lora_is_used(self) -> Recipe:
+        if self.adaptation == "full" and self.lora != LoraBlock():
+            raise ValueError("adaptation: full trains every weight and has no adapter; leave the block lora out")
         return self
 
     @model_validator(mode="after")

@@ -2,43 +2,65 @@
 
 An adapter alone knows nothing of RoPE: loaded on the unscaled base it gives other logits without any warning. So the
 folder carries the extended `config.json` and a `ctxext.json`, and loading refuses when something disagrees.
+
+Embeddings and norms that were trained whole lie in it as peft's `modules_to_save`, so that peft opens the folder as it
+is. Here they are not wrapped as peft would, which keeps a second, frozen copy: they go into the base itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ctxext.errors import ArtefactError, ResourceError
 from ctxext.files import directory_atomic, read_json, verify_manifest, write_json_atomic, write_manifest
-from ctxext.model.load import ModelSource, load_config, quiet, resolve_source, weights_fingerprint
+from ctxext.model.load import ModelSource, load_config, load_model, quiet, resolve_source, weights_fingerprint
+from ctxext.model.parts import is_adapter_name, is_tied, own_parameters
+from ctxext.model.whole import compute_dtype, whole_parameters
+from ctxext.rope.verify import verify_positions
 
 PROVENANCE_NAME = "ctxext.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+PEFT_PREFIX = "base_model.model."
 
 
-def adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
-    """The adapter's weights by peft's names, on the CPU."""
-    return {
-        name: tensor.detach().cpu().contiguous()
-        for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()
-    }
+def trained_tensors(model: Any) -> dict[str, Tensor]:
+    """All that trains, by name: as peft names adapters and what lies below them, else as the model itself does."""
+    whole = whole_parameters(model)
+    if not isinstance(model, PeftModel):
+        return dict(whole)
+    return _peft_tensors(model) | {PEFT_PREFIX + name: parameter for name, parameter in whole.items()}
 
 
-def set_adapter_tensors(model: PeftModel, tensors: dict[str, Tensor], where: str) -> None:
-    """Put stored weights into the model; every one must fit and none may be missing (peft itself only warns).
+def _peft_tensors(model: PeftModel) -> dict[str, Tensor]:
+    with quiet():
+        tensors: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return tensors
+
+
+def adapter_tensors(model: Any) -> dict[str, Tensor]:
+    """`trained_tensors` on the CPU, to be written."""
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in trained_tensors(model).items()}
+
+
+def set_adapter_tensors(model: Any, tensors: dict[str, Tensor], where: str) -> None:
+    """Put stored weights into a model that trains; every one must fit and none may be missing (peft itself only warns).
 
     Raises:
         ArtefactError: keys or shapes differ.
     """
-    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    expected = trained_tensors(model)
     missing, unknown = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
     if missing or unknown:
         raise ArtefactError(
@@ -54,8 +76,63 @@ def set_adapter_tensors(model: PeftModel, tensors: dict[str, Tensor], where: str
                 got=str(tuple(tensor.shape)),
                 expected=str(tuple(expected[name].shape)),
             )
-    with quiet():
-        set_peft_model_state_dict(model, tensors)
+    prefix = PEFT_PREFIX if isinstance(model, PeftModel) else ""
+    with torch.no_grad():
+        for name, parameter in whole_parameters(model).items():
+            parameter.copy_(tensors[prefix + name])
+    if isinstance(model, PeftModel):
+        with quiet():
+            set_peft_model_state_dict(model, {name: value for name, value in tensors.items() if is_adapter_name(name)})
+
+
+def save_trained(folder: Path, model: Any, tokenizer: PreTrainedTokenizerBase, provenance: dict[str, Any]) -> None:
+    """Write what was trained atomically: an adapter, or the whole model where that is what trains."""
+    if isinstance(model, PeftModel):
+        save_adapter(folder, model, provenance)
+    else:
+        save_whole_model(folder, model, tokenizer, provenance)
+
+
+def save_whole_model(folder: Path, model: Any, tokenizer: PreTrainedTokenizerBase, provenance: dict[str, Any]) -> None:
+    """Write a fully trained model as a checkpoint with its extended config, in the dtype that it computes in.
+
+    It is what an adapter folder is for adapters: what was trained, as it was trained. The merged checkpoint made from
+    it has the form that other programs read.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    dtype = compute_dtype(model)
+    weights = {name: parameter.detach().to(dtype) for name, parameter in whole_parameters(model).items()}
+    tokenizer.model_max_length = int(provenance["target_length"])
+    with tensor_write_errors(folder), directory_atomic(folder, replace=True) as partial:
+        with quiet():
+            model.save_pretrained(partial, state_dict=weights)
+        tokenizer.save_pretrained(partial)
+        # The native form of the positions, which is what "portable": false says.
+        write_json_atomic(partial / PROVENANCE_NAME, {**provenance, "adaptation": "full", "portable": False})
+        write_manifest(partial)
+
+
+def load_trained(
+    folder: Path, source: ModelSource, config: PreTrainedConfig, *, dtype: torch.dtype, device: torch.device
+) -> Any:
+    """What `save_trained` wrote, ready to be merged: base and adapter, or the model itself.
+
+    Args:
+        source: of the base.
+        config: the extended one that the folder must have been trained under.
+
+    Raises:
+        ArtefactError: the folder is damaged or was trained under other positions.
+    """
+    if (folder / "adapter_config.json").is_file():
+        model = load_model(source, config, dtype=dtype, device=device)
+        verify_positions(model, config)
+        return load_adapter(folder, model)
+    verify_manifest(folder)
+    _require_same_rope(config, load_config(ModelSource(str(folder), str(folder))), folder)
+    model = load_model(ModelSource(str(folder), str(folder)), config, dtype=dtype, device=device)
+    verify_positions(model, config)
+    return model
 
 
 def save_adapter(folder: Path, model: PeftModel, provenance: dict[str, Any]) -> None:
@@ -64,23 +141,57 @@ def save_adapter(folder: Path, model: PeftModel, provenance: dict[str, Any]) -> 
     The extended config lies beside the weights as `config.json`; `ctxext.json` says what the adapter belongs to.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
+    base: Any = model.get_base_model()
     with tensor_write_errors(folder), directory_atomic(folder, replace=True) as partial:
-        with quiet():
-            model.save_pretrained(str(partial), save_embedding_layers=False)
-        (partial / "README.md").unlink(missing_ok=True)  # peft's empty card
-        _name_base(partial, str(provenance["base"]["source"]))
-        base: Any = model.get_base_model()
+        save_file(_stored_tensors(model), partial / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        _stored_config(model, str(provenance["base"]["source"])).save_pretrained(str(partial))
         base.config.save_pretrained(partial)
         write_json_atomic(partial / PROVENANCE_NAME, provenance)
         write_manifest(partial)
 
 
-def _name_base(folder: Path, source: str) -> None:
+def _stored_config(model: PeftModel, source: str) -> LoraConfig:
+    """The adapter's config as peft shall read it."""
+    stored = copy.copy(model.peft_config[model.active_adapter])
+    assert isinstance(stored, LoraConfig)
+    stored.inference_mode = True
     # peft writes the path that the base was loaded from, which is a path of this machine for packages and files.
-    path = folder / "adapter_config.json"
-    config = read_json(path)
-    config["base_model_name_or_path"] = source
-    write_json_atomic(path, config)
+    stored.base_model_name_or_path = source
+    modules = sorted({name.rpartition(".")[0] for name in _stored_whole(model)})
+    if modules:
+        stored.modules_to_save = [*(stored.modules_to_save or []), *modules]
+        stored.ensure_weight_tying = _tied_by_peft(model.get_base_model())
+    return stored
+
+
+def _stored_tensors(model: PeftModel) -> dict[str, Tensor]:
+    adapter = _peft_tensors(model)
+    whole = {PEFT_PREFIX + name: value for name, value in _stored_whole(model).items()}
+    # Cloned: safetensors refuses two names of one tensor.
+    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in (adapter | whole).items()}
+
+
+def _stored_whole(model: PeftModel) -> dict[str, Tensor]:
+    """Whole parameters under every name that peft asks for: a tied one under both of its names."""
+    base: Any = model.get_base_model()
+    whole: dict[str, Tensor] = dict(whole_parameters(model))
+    source = next((name for name, value in whole.items() if value is _tied_parameter(base)), None)
+    if source is not None:
+        head = next(name for name, module in base.named_modules() if module is base.get_output_embeddings())
+        whole[f"{head}.{source.rpartition('.')[2]}"] = whole[source]
+    return whole
+
+
+def _tied_parameter(base: Any) -> Tensor | None:
+    if not is_tied(base):
+        return None
+    return next(parameter for _, parameter in own_parameters(base.get_input_embeddings()))
+
+
+def _tied_by_peft(base: Any) -> bool:
+    """Whether peft keeps the embeddings tied when they are saved whole: it knows them by their names."""
+    name = next(name for name, module in base.named_modules() if module is base.get_input_embeddings())
+    return is_tied(base) and name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
@@ -143,8 +254,21 @@ def load_adapter(folder: Path, model: PreTrainedModel) -> PeftModel:
     Raises:
         ArtefactError: the model's RoPE is not the adapter's, or a weight is missing, unknown or misshapen.
     """
-    stored = adapter_config(folder)
-    ours, theirs = model.config.get_text_config().rope_parameters, stored.get_text_config().rope_parameters
+    _require_same_rope(model.config, adapter_config(folder), folder)
+    tensors = read_tensors(folder / ADAPTER_WEIGHTS)
+    whole = whole_names(tensors, model, folder)
+    with torch.no_grad():
+        for key, name in whole.items():
+            _put(model.get_parameter(name), tensors.pop(key), f"{folder}: {key}")
+    with quiet():
+        wrapped = get_peft_model(model, plain_lora_config(folder))
+    assert isinstance(wrapped, PeftModel)
+    set_adapter_tensors(wrapped, tensors, str(folder))
+    return wrapped
+
+
+def _require_same_rope(config: PreTrainedConfig, stored: PreTrainedConfig, folder: Path) -> None:
+    ours, theirs = config.get_text_config().rope_parameters, stored.get_text_config().rope_parameters
     if ours != theirs:
         raise ArtefactError(
             "the model's RoPE is not the one the adapter was trained with",
@@ -153,11 +277,46 @@ def load_adapter(folder: Path, model: PreTrainedModel) -> PeftModel:
             expected=str(theirs),
             hint="Load the base with the adapter folder's config.json.",
         )
-    with quiet():
-        wrapped = get_peft_model(model, LoraConfig.from_pretrained(str(folder)))
-    assert isinstance(wrapped, PeftModel)
-    set_adapter_tensors(wrapped, read_tensors(folder / "adapter_model.safetensors"), str(folder))
-    return wrapped
+
+
+def plain_lora_config(folder: Path) -> LoraConfig:
+    """A stored adapter's config without what is saved whole, which goes into the base itself."""
+    config = LoraConfig.from_pretrained(str(folder))
+    assert isinstance(config, LoraConfig)
+    config.modules_to_save, config.ensure_weight_tying = None, False
+    return config
+
+
+def whole_names(keys: Iterable[str], base: PreTrainedModel, folder: Path) -> dict[str, str]:
+    """Those of an adapter's keys that are parameters of the base itself, and what the base calls them.
+
+    Raises:
+        ArtefactError: one is missing that the adapter's config names.
+    """
+    owned = {name for name, _ in base.named_parameters(remove_duplicate=False)}
+    names = {key: key.removeprefix(PEFT_PREFIX) for key in keys if key.startswith(PEFT_PREFIX)}
+    whole = {key: name for key, name in names.items() if name in owned}
+    saved = tuple(LoraConfig.from_pretrained(str(folder)).modules_to_save or ())
+    needed = {name for name in owned if name.rpartition(".")[0].endswith(saved)} if saved else set()
+    if missing := sorted(needed - set(whole.values())):
+        raise ArtefactError(
+            f"the adapter does not fit the model ({len(missing)} weights missing, 0 unknown)",
+            where=str(folder),
+            got=missing[0],
+        )
+    return whole
+
+
+def _put(parameter: Tensor, stored: Tensor, where: str) -> None:
+    """Give the base a parameter that was trained whole, rounded to the base's own dtype."""
+    if parameter.shape != stored.shape:
+        raise ArtefactError(
+            "an adapter weight has another shape than the model asks for",
+            where=where,
+            got=str(tuple(stored.shape)),
+            expected=str(tuple(parameter.shape)),
+        )
+    parameter.copy_(stored)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

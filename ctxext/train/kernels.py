@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 from ctxext.errors import ResourceError
 from ctxext.model.attention import Proving, prove_attention
 from ctxext.model.attention_choice import AttentionHost, attention_of
+from ctxext.model.whole import compute_dtype
 from ctxext.recipe.schema import Recipe
 from ctxext.rope.families import text_config
 
@@ -26,7 +27,7 @@ def proven_kernels(
     Raises:
         CtxextError: see `prove_attention`.
     """
-    dtype = accelerator.unwrap_model(model).model.dtype
+    dtype = compute_dtype(accelerator.unwrap_model(model).model)
     isolated = recipe.data.windows.positions == "per-document"
     vocab_size = text_config(config).vocab_size
     proving = Proving(model, accelerator.backward, vocab_size, dtype, accelerator.device, isolated)

@@ -13,16 +13,18 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
-from peft import PeftModel
+from torch import nn
 from transformers import PreTrainedConfig
 
 from ctxext.data.order import Cursor, Share
 from ctxext.data.windows import TrainingWindows
 from ctxext.errors import ArtefactError, ResourceError, UsageError
 from ctxext.evaluation.sharding import require_all_processes, this_launch
+from ctxext.model.adaptation import TrainedPart, adapt, trained_parts
 from ctxext.model.host_memory import freed_memory_kept
-from ctxext.model.lora import add_lora, num_trainable
+from ctxext.model.lora import num_trainable
 from ctxext.model.loss_proof import prove_loss
+from ctxext.model.parts import causal_lm
 from ctxext.model.savings import apply_savings, savings_of
 from ctxext.recipe.schema import Recipe
 from ctxext.rope.verify import RopeVerification, verify_positions
@@ -53,6 +55,7 @@ class TrainStart:
 
     num_trainable: int
     num_parameters: int
+    trained: list[TrainedPart]
     verification: RopeVerification
     kernels: list[str]
     resumed_step: int
@@ -133,19 +136,19 @@ class Trainer:
         self._check_batch()
         verify_positions(model, config)
         prove_loss(model)
-        self._peft: PeftModel = add_lora(model, recipe.lora, settings.seed)
-        self._peft.train()
-        apply_savings(self._peft, savings_of(settings, windows.length))
-        optimizer = make_optimizer(self._peft, settings)
-        self._model, self._optimizer = accelerator.prepare(SummedLoss(self._peft), optimizer)
+        self._adapted = adapt(model, recipe.adaptation, recipe.lora, settings.seed)
+        self._adapted.train()
+        apply_savings(self._adapted, savings_of(settings, windows.length))
+        optimizer = make_optimizer(self._adapted, settings)
+        self._model, self._optimizer = accelerator.prepare(SummedLoss(self._adapted), optimizer)
         # Wrappers and casts of prepare() have rounded frequencies before: look again.
         self._verification = verify_positions(accelerator.unwrap_model(self._model), config)
         self._kernels = proven_kernels(accelerator, self._model, self._optimizer, recipe, config)
 
     @property
-    def model(self) -> PeftModel:
-        """The trained model with its adapter."""
-        return self._peft
+    def model(self) -> nn.Module:
+        """The trained model, with its adapter if it has one."""
+        return self._adapted
 
     def run(self, hooks: TrainHooks, stop: StopRequest) -> None:
         """Train from the newest checkpoint (or from the start) to the last step.
@@ -161,8 +164,9 @@ class Trainer:
         first, messages = self._resume()
         hooks.on_start(
             TrainStart(
-                num_trainable=num_trainable(self._peft),
-                num_parameters=sum(parameter.numel() for parameter in self._peft.parameters()),
+                num_trainable=num_trainable(self._adapted),
+                num_parameters=sum(parameter.numel() for parameter in self._adapted.parameters()),
+                trained=trained_parts(self._adapted, self._settings.moment_bytes),
                 verification=self._verification,
                 kernels=self._kernels,
                 resumed_step=first,
@@ -189,7 +193,7 @@ class Trainer:
         if periodic is None or not periodic.due(step):
             return False
         line = periodic.evaluate(
-            self._peft.get_base_model(),
+            causal_lm(self._adapted),
             step,
             precision=self._accelerator.autocast(),
             check_stop=lambda: stop.check(f"step {step} and finished samples of its evaluation are saved"),
@@ -206,7 +210,7 @@ class Trainer:
         path = checkpoint_path(self._folder / "checkpoints", chosen.step)
         try:
             if chosen.step != last_step:
-                set_adapter_tensors(self._peft, read_checkpoint(path).adapter, str(path))
+                set_adapter_tensors(self._adapted, read_checkpoint(path).adapter, str(path))
         except ArtefactError as error:
             why = f"step {chosen.step} was better ({chosen.reason}), but its checkpoint is damaged: {error}"
             chosen = Chosen(last_step, last_step, why)
@@ -275,7 +279,7 @@ class Trainer:
             seconds=seconds,
             skipped=result.skipped,
         )
-        return StepEvent(metrics, windows, self._peft)
+        return StepEvent(metrics, windows, self._adapted)
 
     def _check_batch(self) -> None:
         unit = self._accelerator.num_processes * self._settings.windows_per_device
@@ -300,7 +304,7 @@ class Trainer:
                 where=str(checkpoint.folder),
                 hint="Use another output_dir, or undo the change to go on exactly.",
             )
-        set_adapter_tensors(self._peft, checkpoint.adapter, str(checkpoint.folder))
+        set_adapter_tensors(self._adapted, checkpoint.adapter, str(checkpoint.folder))
         set_optimizer_tensors(self._optimizer.optimizer, checkpoint.optimizer)
         self._set_random_state(checkpoint.random_states)
         self._non_finite.in_a_row = checkpoint.state.skipped_in_a_row
@@ -324,7 +328,7 @@ class Trainer:
             save_checkpoint(
                 self._folder / "checkpoints",
                 replace(self._identity, step=step, skipped_in_a_row=self._non_finite.in_a_row),
-                adapter_tensors(self._peft),
+                adapter_tensors(self._adapted),
                 optimizer_tensors(self._optimizer.optimizer),
                 states,
                 self._settings.keep_checkpoints,

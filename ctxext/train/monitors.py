@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from peft import PeftModel
 from torch import nn
 
 from ctxext.data.packing import PackedWindow
@@ -23,12 +22,12 @@ class StepEvent:
 
     Attributes:
         windows: this process's share of the step.
-        model: the adapted model, unwrapped, after the update.
+        model: the trained model, unwrapped, after the update.
     """
 
     metrics: StepMetrics
     windows: Sequence[PackedWindow]
-    model: PeftModel | nn.Module
+    model: nn.Module
 
 
 class Monitor(Protocol):

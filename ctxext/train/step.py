@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ctxext.data.packing import PackedWindow
 from ctxext.model.documents import cumulative_arguments, documents_of
 from ctxext.model.loss import IGNORE_INDEX, DecoderHead
+from ctxext.model.parts import causal_lm
 from ctxext.rope.families import text_config
 
 
@@ -41,7 +42,7 @@ class SummedLoss(nn.Module):
             learned: [B, S] whether a token counts as a target; all of them when None.
             isolated: tokens see their own document only; documents begin where positions do not go on.
         """
-        base = self.model.get_base_model()
+        base = causal_lm(self.model)
         parts = DecoderHead(base)
         # An explicit all-ones mask: without one transformers takes a jump in the positions for a document boundary and
         # hides everything before it. With it, SDPA still gets no mask at all and runs its causal flash kernel. Isolated

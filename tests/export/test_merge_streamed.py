@@ -290,7 +290,7 @@ def plain(folder: Path) -> Path:
     ("make", "lora", "reason"),
     [
         (plain, {"use_dora": True}, "more than plain LoRA on linear layers"),
-        (plain, {"modules_to_save": ["norm"]}, "more than plain LoRA"),
+        (plain, {"modules_to_save": ["norm"]}, None),
         (plain, {"bias": "all", "target_modules": ["q_proj"], "lora_bias": False}, None),
         (plain, {"target_modules": ["embed_tokens", "q_proj"]}, "more than plain LoRA .*embedding"),
         (plain, {"lora_bias": True}, "more than plain LoRA .*bias"),
