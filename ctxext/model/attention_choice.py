@@ -10,6 +10,7 @@ What `train.attention: auto` becomes, the first row that fits:
 | chunks shorter than the training window (Llama 4) | flex_attention               | flex_attention | slow (sdpa)    |
 | documents isolated, layers not full or sliding   | refused                       | refused        | refused        |
 | documents isolated, or sliding windows shorter than the training window | ctxext_documents, on every device    |||
+| keys and values of different widths (DeepSeek)   | sdpa                          | sdpa           | ctxext_documents |
 | plainly causal                                   | sdpa                          | sdpa           | sdpa           |
 
 `sdpa` without a mask is right wherever it can be had: PyTorch picks cuDNN's or its own flash kernel on CUDA (on Hopper
@@ -208,8 +209,10 @@ class _Attention:
         self.soft_cap = getattr(text, "attn_logit_softcapping", None)
         self.dropout = float(getattr(text, "attention_dropout", None) or 0.0)
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // self.num_heads
-        # Where keys and values differ (multi-head latent attention), the larger.
-        self.head_dim = max(getattr(text, name, None) or 0 for name in ("qk_head_dim", "v_head_dim")) or head_dim
+        # Multi-head latent attention has keys and values of different widths.
+        self.key_dim = int(getattr(text, "qk_head_dim", None) or head_dim)
+        self.value_dim = int(getattr(text, "v_head_dim", None) or head_dim)
+        self.head_dim = max(self.key_dim, self.value_dim)
         self.bidirectional = bool(getattr(text, "use_bidirectional_attention", False)) or not getattr(
             text, "is_causal", True
         )
@@ -253,6 +256,9 @@ class _Attention:
         if self.isolated or self.layers & _MASKED:
             size = format_bytes(self.tokens**2)
             return f"a mask of {self.tokens:,} x {self.tokens:,} tokens, {size}"
+        if self.key_dim != self.value_dim and host.kind not in ("cuda", "rocm"):
+            widths = f"keys of {self.key_dim} and values of {self.value_dim} dimensions"
+            return f"no fused kernel on {host.kind.upper()} takes {widths}; {self.scores_cost()}"
         return self.dropout_in_sdpa(host)
 
     def dropout_in_sdpa(self, host: AttentionHost) -> str | None:
@@ -267,8 +273,10 @@ class _Attention:
             return "plainly causal: PyTorch's fused kernels, no mask"
         if implementation == DOCUMENTS:
             sliding = f"sliding windows of {self.window:,} tokens" if self.layers & _MASKED else ""
-            parts = [sliding, "isolated documents by cumulative lengths" if self.isolated else ""]
-            return " and ".join(part for part in parts if part) + ", no mask"
+            documents = "isolated documents by cumulative lengths" if self.isolated else ""
+            padded = f"heads of {self.key_dim} and {self.value_dim} dimensions padded to one width"
+            parts = [sliding, documents, padded if self.key_dim != self.value_dim else ""]
+            return ", ".join(part for part in parts if part) + "; no mask"
         lacking = self.lacks_in_sdpa or self.lacks_in_documents
         return f"{lacking}"
 

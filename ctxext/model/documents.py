@@ -25,7 +25,13 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from ctxext.errors import UnsupportedModelError
-from ctxext.model.windowed import attend_to_window, refuse_changed_scores, windowed_attention, windowed_mask
+from ctxext.model.windowed import (
+    attend_to_window,
+    of_one_width,
+    refuse_changed_scores,
+    windowed_attention,
+    windowed_mask,
+)
 
 DOCUMENTS = "ctxext_documents"
 
@@ -160,6 +166,8 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, documents: Documents, sca
     from torch.nn.attention import varlen
 
     attend: Callable[..., Any] = varlen.varlen_attn
+    width = value.shape[-1]
+    query, key, value, scaling = of_one_width(query, key, value, scaling)
     flat = [tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value)]
     # Of a window of W tokens, W - 1 lie to the left of the query's own.
     window = (documents.window - 1, 0) if documents.window else (-1, 0)
@@ -174,7 +182,7 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, documents: Documents, sca
         window_size=window,
         enable_gqa=query.shape[1] != key.shape[1],
     )
-    rows: Tensor = out.unflatten(0, (query.shape[0], -1))
+    rows: Tensor = out[..., :width].unflatten(0, (query.shape[0], -1))
     return rows
 
 
@@ -195,7 +203,7 @@ def _runs_varlen(query: Tensor, value: Tensor, dropout: float) -> bool:
         and has_varlen()
         and dropout == 0.0
         and query.dtype in _FLASH_DTYPES
-        and query.shape[-1] == value.shape[-1] <= _FLASH_HEAD_DIM
+        and max(query.shape[-1], value.shape[-1]) <= _FLASH_HEAD_DIM
     )
 
 

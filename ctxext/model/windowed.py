@@ -173,19 +173,42 @@ class _Attend:
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
+        width = value.shape[-1]
+        if query.device.type in ("cpu", "meta"):
+            query, key, value, scaling = of_one_width(query, key, value, self._scaling)
+        else:
+            scaling = self._scaling
         groups = query.shape[1] // key.shape[1]
         if groups > 1 and mask is not None and query.device.type not in ("cpu", "meta"):
             key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-        return F.scaled_dot_product_attention(
+        out = F.scaled_dot_product_attention(
             query,
             key,
             value,
             attn_mask=mask,
             dropout_p=self._dropout,
             is_causal=is_causal,
-            scale=self._scaling,
+            scale=scaling,
             enable_gqa=key.shape[1] != query.shape[1],
         )
+        return out[..., :width]
+
+
+def of_one_width(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None
+) -> tuple[Tensor, Tensor, Tensor, float | None]:
+    """Heads whose keys and values differ in width (multi-head latent attention), padded with zeros to the wider.
+
+    Exact: zeros add nothing to a score, and the output's further columns are zero. Kernels want one width, and compute
+    all scores otherwise.
+    """
+    difference = query.shape[-1] - value.shape[-1]
+    if difference > 0:
+        return query, key, F.pad(value, (0, difference)), scaling
+    if difference < 0:
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return F.pad(query, (0, -difference)), F.pad(key, (0, -difference)), value, scaling
+    return query, key, value, scaling
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, attend: _Attend) -> Tensor:

@@ -63,6 +63,16 @@ def test_isolated_documents_and_sliding_windows_get_no_mask_on_any_device(host: 
         assert (f"sliding windows of {WINDOW} tokens" in choice.describe()) == (config is GEMMA3)
 
 
+def test_heads_of_two_widths_are_padded_where_no_kernel_takes_them() -> None:
+    config = AutoConfig.for_model("deepseek_v3")
+    assert choose(config, BARE).implementation == "sdpa"
+    for host in (HOSTS["cpu"], HOSTS["mps"]):
+        choice = choose(config, host)
+        assert choice.implementation == DOCUMENTS
+        assert "heads of 192 and 128 dimensions padded" in choice.describe()
+        assert "keys of 192 and values of 128" in refusal(ResourceError, config, host, "sdpa")
+
+
 def test_a_sliding_window_that_holds_the_training_window_is_none() -> None:
     assert choose(GEMMA3, HOSTS["cpu"], window_tokens=WINDOW - 1).implementation == "sdpa"
     assert choose(GEMMA3, HOSTS["cpu"], window_tokens=WINDOW).implementation == DOCUMENTS

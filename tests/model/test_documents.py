@@ -22,10 +22,16 @@ ROWS = ((50, 1, 69), (10, 80, 30), (LENGTH,))
 IDS = torch.randint(3, 260, (len(ROWS), LENGTH), generator=torch.Generator().manual_seed(0))
 POSITIONS = torch.stack([torch.cat([torch.arange(length) for length in row]) for row in ROWS])
 WITHOUT_WINDOWS = ("llama", "qwen2", "qwen3", "olmo2", "glm4", "gpt_neox", "phi", "stablelm", "granite", "qwen3_moe")
-FAMILIES = [*WITH_WINDOWS, *(f"{name} without windows" for name in WITHOUT_WINDOWS)]
+# Keys wider than values and values wider than keys.
+LATENT = {"q_lora_rank": None, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8}
+DEEPSEEK = {"first_k_dense_replace": 2, "num_key_value_heads": 4, "head_dim": 8, **LATENT}
+FAMILIES = ["narrow values", "wide values", *WITH_WINDOWS, *(f"{name} without windows" for name in WITHOUT_WINDOWS)]
 
 
 def family(name: str) -> PreTrainedConfig:
+    if name.endswith("values"):
+        width = 8 if name == "narrow values" else 24
+        return AutoConfig.for_model("deepseek_v3", **{**SMALL, **DEEPSEEK, "v_head_dim": width})
     plain = name.removesuffix(" without windows")
     return config_of(name) if plain == name else AutoConfig.for_model(plain, **SMALL)
 
@@ -82,7 +88,7 @@ def test_a_row_of_a_batch_counts_as_it_does_alone() -> None:
         torch.testing.assert_close(alone, together[number : number + 1], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["llama without windows", "gemma3_text"])
+@pytest.mark.parametrize("name", ["llama without windows", "gemma3_text", "narrow values", "wide values"])
 def test_nothing_of_all_queries_by_all_keys_is_made(name: str) -> None:
     length = 1024
     positions = torch.arange(length)[None] % 300
