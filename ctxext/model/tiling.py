@@ -8,6 +8,7 @@ one tile at a time; the backward pass computes each tile once more. What stays i
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -18,9 +19,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-# Classes of transformers' decoder layers that treat every token by itself, by the end of their names. A whole
-# mixture-of-experts block is not among them: its router's logits are collected for the auxiliary loss.
-_TOKEN_WISE_NAMES = ("Norm", "MLP", "Experts")
+from ctxext.model.routers import modules_with_router_logits
+
+# Classes of transformers' decoder layers that treat every token by itself, by the end of their names. A router, and a
+# block with one inside, is never tiled: its logits are collected, with their gradients, for the auxiliary loss.
+_TOKEN_WISE_NAMES = ("Norm", "MLP")
+_SEVERAL_RESULTS = ("ZayaQKNorm",)
 # On meta tensors only sizes matter, and these tiles need what all need: the first allocates a parameter's gradient,
 # the second adds to it.
 _TRACED_TILES = 3
@@ -95,22 +99,28 @@ def autocast_as_now(device_type: str) -> Callable[[], AbstractContextManager[Any
 
 def _token_wise_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Those of the decoder's layers, and what stands beside the layers: the last norm."""
+    routers = {router.module for router in modules_with_router_logits(model)}
     for path, decoder in model.named_modules():
         layers = getattr(decoder, "layers", None)
         if isinstance(layers, nn.ModuleList):
-            yield from _outermost(path, decoder)
+            yield from _outermost(path, decoder, routers)
 
 
-def _outermost(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _outermost(path: str, module: nn.Module, routers: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
     for name, child in module.named_children():
-        if _is_token_wise(child):
+        if _is_token_wise(child) and routers.isdisjoint(child.modules()):
             yield f"{path}.{name}", child
         elif not isinstance(child, BaseTunerLayer):  # its parts are not called by themselves
-            yield from _outermost(f"{path}.{name}", child)
+            yield from _outermost(f"{path}.{name}", child, routers)
 
 
 def _is_token_wise(module: nn.Module) -> bool:
     inner = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    if type(inner).__name__.endswith("Experts"):
+        # Some get their tokens sorted by expert, and count on it; those that get them in order get each one's experts.
+        return not {"top_k_index", "router_indices"}.isdisjoint(inspect.signature(type(inner).forward).parameters)
+    if type(inner).__name__ in _SEVERAL_RESULTS:
+        return False
     return isinstance(inner, nn.Linear) or type(inner).__name__.endswith(_TOKEN_WISE_NAMES)
 
 

@@ -20,6 +20,7 @@ from ctxext.model.attention_choice import planned_attention
 from ctxext.model.load import choose_device, load_config, resolve_source, weights_fingerprint
 from ctxext.model.lora import num_trainable
 from ctxext.model.quantized import check_bitsandbytes
+from ctxext.model.routers import check_routers
 from ctxext.model.savings import check_savings
 from ctxext.planning.cost import ModelShape, attention_width
 from ctxext.planning.data_plan import data_lines, facts_notes
@@ -234,6 +235,7 @@ def _count_parameters(config: Any, recipe: Recipe) -> _Counts:
     """Counted on the real architecture, built without memory on the meta device."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
+        check_routers(model, recipe.train)
         total = sum(parameter.numel() for parameter in model.parameters())
         embeddings = model.get_input_embeddings().weight.numel()
         tied = bool(getattr(text_config(config), "tie_word_embeddings", False))

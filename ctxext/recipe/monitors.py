@@ -15,11 +15,9 @@ class MonitorsBlock(Block):
     Attributes:
         attention_every: steps from one look at attention entropies and long-range shares to the next; a tenth of the
             training when left out, 0 for never.
-        router_jitter: noise on the inputs of routers, as a share of them (0.01 for 1%); against experts that collapse.
     """
 
     attention_every: Annotated[int, Field(ge=0)] | None = None
-    router_jitter: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
 
 
 class PeriodicBlock(Block):

@@ -140,7 +140,7 @@ class Trainer:
         self._adapted.train()
         apply_savings(self._adapted, savings_of(settings, windows.length))
         optimizer = make_optimizer(self._adapted, settings)
-        self._model, self._optimizer = accelerator.prepare(SummedLoss(self._adapted), optimizer)
+        self._model, self._optimizer = accelerator.prepare(SummedLoss(self._adapted, settings.router_loss), optimizer)
         # Wrappers and casts of prepare() have rounded frequencies before: look again.
         self._verification = verify_positions(accelerator.unwrap_model(self._model), config)
         self._kernels = proven_kernels(accelerator, self._model, self._optimizer, recipe, config)
@@ -277,6 +277,7 @@ class Trainer:
             num_tokens=result.num_tokens,
             tokens_per_second=result.num_tokens / seconds,
             seconds=seconds,
+            auxiliary_loss=result.auxiliary_loss,
             skipped=result.skipped,
         )
         return StepEvent(metrics, windows, self._adapted)

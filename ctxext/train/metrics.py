@@ -23,6 +23,8 @@ class StepMetrics:
         loss: mean over the step's target tokens, of all processes.
         grad_norm: before clipping.
         seconds: of the whole step, data included.
+        auxiliary_loss: that of the model's routers, without its coefficient; None for a model that has none. It is in
+            the gradient, but not in `loss`.
         skipped: why the step changed nothing; then loss or gradient norm is not finite, and no statistic may hold it.
     """
 
@@ -34,11 +36,12 @@ class StepMetrics:
     num_tokens: int
     tokens_per_second: float
     seconds: float
+    auxiliary_loss: float | None = None
     skipped: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The line: `skipped` where a step was, and null for what JSON has no number for."""
-        values = {key: value for key, value in asdict(self).items() if key != "skipped" or value is not None}
+        """The line: what may be missing where it is there, and null for what JSON has no number for."""
+        values = {key: value for key, value in asdict(self).items() if value is not None}
         return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
 
 

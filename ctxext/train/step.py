@@ -18,18 +18,36 @@ from ctxext.data.packing import PackedWindow
 from ctxext.model.documents import cumulative_arguments, documents_of
 from ctxext.model.loss import IGNORE_INDEX, DecoderHead
 from ctxext.model.parts import causal_lm
+from ctxext.model.routers import auxiliary_coefficient, forward_with_auxiliary_loss
 from ctxext.rope.families import text_config
 
 
 class SummedLoss(nn.Module):
     """The model with its loss inside, so that a distributed wrapper sees one forward pass.
 
-    Returns the *sum* of the token losses, float32.
+    Returns the *sum* of the token losses, float32. A mixture-of-experts model's auxiliary loss is added, times its
+    coefficient and the pass's target tokens: the step's loss is then the mean over tokens plus the coefficient times
+    the mean of the passes' auxiliary losses, each weighing as much as it has targets. For one pass that is what the
+    model's own class computes. The auxiliary loss itself depends on what passes together, in every trainer.
+
+    Args:
+        router_loss: coefficient of the auxiliary loss; the model's own when left out.
+
+    Attributes:
+        parts: of the last forward pass, without gradients: [2] sum of token losses, auxiliary loss times targets.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, router_loss: float | None = None) -> None:
         super().__init__()
         self.model = model
+        own = auxiliary_coefficient(causal_lm(model))
+        self._coefficient = 0.0 if own is None else own if router_loss is None else router_loss
+        self.parts: Tensor | None = None
+
+    @property
+    def has_auxiliary_loss(self) -> bool:
+        """Whether the routers of the model are trained to be balanced."""
+        return self._coefficient > 0
 
     def forward(
         self, input_ids: Tensor, position_ids: Tensor, learned: Tensor | None = None, isolated: bool = False
@@ -52,12 +70,22 @@ class SummedLoss(nn.Module):
         if isolated and text_config(base.config)._attn_implementation.startswith("flash_attention"):
             # Of a batch, transformers would take the rows for one document each.
             arguments |= cumulative_arguments(documents_of(position_ids.diff(dim=-1) != 1))
-        hidden = parts.hidden_states(input_ids, **arguments)
+        auxiliary = None
+        if self.has_auxiliary_loss:
+            hidden, auxiliary = forward_with_auxiliary_loss(base, parts.decoder, input_ids=input_ids, **arguments)
+        else:
+            hidden = parts.hidden_states(input_ids, **arguments)
         targets = torch.full_like(input_ids, IGNORE_INDEX)
         targets[:, :-1] = input_ids[:, 1:]
         if learned is not None:
             targets[:, :-1].masked_fill_(~learned[:, 1:], IGNORE_INDEX)
-        return parts.summed_loss(hidden.flatten(0, 1), targets.flatten())
+        loss = parts.summed_loss(hidden.flatten(0, 1), targets.flatten())
+        if auxiliary is None:
+            self.parts = torch.stack([loss.detach(), torch.zeros_like(loss)])
+            return loss
+        weighted = auxiliary.float().to(loss.device) * (targets != IGNORE_INDEX).sum()
+        self.parts = torch.stack([loss.detach(), weighted.detach()])
+        return loss + self._coefficient * weighted
 
 
 @dataclass(frozen=True)
@@ -66,6 +94,7 @@ class StepResult:
 
     Attributes:
         loss: mean per target token over all processes; not finite where `skipped` says so.
+        auxiliary_loss: mean over the forward passes, see `SummedLoss`; None without one.
         grad_norm: of the whole gradient, before clipping.
         skipped: why nothing was updated; None for a step that was done.
     """
@@ -74,6 +103,7 @@ class StepResult:
     grad_norm: float
     num_tokens: int
     skipped: str | None = None
+    auxiliary_loss: float | None = None
 
 
 def run_step(
@@ -91,7 +121,8 @@ def run_step(
     """
     device = accelerator.device
     targets, scale = _targets_and_scale(accelerator, sum(window.num_targets for window in windows))
-    summed = torch.zeros((), dtype=torch.float32, device=device)
+    summed = torch.zeros(2, dtype=torch.float32, device=device)
+    objective: Any = accelerator.unwrap_model(model)
     batches = [windows[i : i + windows_per_device] for i in range(0, len(windows), windows_per_device)]
     for number, batch in enumerate(batches):
         inputs = _model_inputs(batch, device)
@@ -99,20 +130,21 @@ def run_step(
         with torch.enable_grad(), nullcontext() if last else accelerator.no_sync(model):
             loss = model(**inputs)
             accelerator.backward(loss * scale)
-        summed += loss.detach()
+        summed += objective.parts
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     norm = torch.as_tensor(accelerator.clip_grad_norm_(parameters, max_grad_norm)).to(device, torch.float32)
     # The norm is the same on all processes, but were it not, some would update and some would not: the flag is summed.
-    sums = accelerator.reduce(torch.stack([summed, (~norm.isfinite()).float()]), "sum")
+    sums = accelerator.reduce(torch.cat([summed, (~norm.isfinite()).float()[None]]), "sum")
     counted = [targets[None]] if isinstance(targets, Tensor) else []
-    loss_sum, num_bad, grad_norm, *counts = torch.cat([sums, norm[None], *counted]).tolist()
+    loss_sum, auxiliary_sum, num_bad, grad_norm, *counts = torch.cat([sums, norm[None], *counted]).tolist()
     num_targets = int(counts[0]) if counts else int(targets)
     mean_loss = loss_sum / num_targets
     skipped = _not_finite(mean_loss, grad_norm, num_bad)
     if skipped is None:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(mean_loss, grad_norm, num_targets, skipped)
+    auxiliary_loss = auxiliary_sum / num_targets if objective.has_auxiliary_loss else None
+    return StepResult(mean_loss, grad_norm, num_targets, skipped, auxiliary_loss)
 
 
 def _targets_and_scale(accelerator: Accelerator, own: int) -> tuple[Tensor | int, Tensor | float]:
