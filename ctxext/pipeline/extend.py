@@ -63,6 +63,7 @@ from ctxext.train.checkpoint import TrainState
 from ctxext.train.loop import Trainer, make_accelerator
 from ctxext.train.periodic import CHECKPOINT, PeriodicEvaluation
 from ctxext.train.signals import StopRequest
+from ctxext.train.trackers import start_trackers, stop_trackers
 from ctxext.train.watch import make_monitors, reasons_against_attention
 
 DEFAULT_OUTPUT = "runs"
@@ -354,6 +355,9 @@ def _train(job: _Job, method: RopeMethod, folder: Path, adapter: Path, title: st
         verify_manifest(adapter)
         job.reporter.info(f"finished earlier: {adapter}")
         return
+    start_trackers(
+        job.accelerator, job.recipe.train.trackers, job.run.path, method.method, {"plan_id": job.plan.plan_id}
+    )
     windows, data_sha256 = _windows(job)
     config = _config_for(job, method)
     state = TrainState(0, job.plan.plan_id, data_sha256, job.accelerator.num_processes)
@@ -363,12 +367,9 @@ def _train(job: _Job, method: RopeMethod, folder: Path, adapter: Path, title: st
     attention = attention_of(job.recipe, config, AttentionHost.of(job.device), job.dtype)
     model, periodic = _load(job, config, attention.implementation), _periodic(job, method, folder)
     trainer = Trainer(job.accelerator, model, config, windows, job.recipe, folder, state, monitors, periodic)
-    if job.recipe.train.trackers:
-        job.accelerator.init_trackers(method.method, config={"plan_id": job.plan.plan_id})
     with job.reporter.training(title, job.recipe.train.steps) as hooks:
         trainer.run(hooks, job.stop)
-    if job.recipe.train.trackers:
-        job.accelerator.end_training()
+    stop_trackers(job.accelerator)
     if job.is_main:
         chosen = {} if trainer.chosen is None else {CHECKPOINT: asdict(trainer.chosen)}
         save_trained(adapter, trainer.model, job.tokenizer, _provenance(job, method) | chosen)

@@ -47,6 +47,7 @@ from ctxext.train.periodic import Chosen, PeriodicEvaluation
 from ctxext.train.schedule import learning_rate_at
 from ctxext.train.signals import StopRequest
 from ctxext.train.step import SummedLoss, run_step
+from ctxext.train.trackers import require_trackers
 
 
 @dataclass(frozen=True)
@@ -75,16 +76,16 @@ def make_accelerator(dtype: torch.dtype, device: torch.device, trackers: list[st
     """The Accelerator of a run.
 
     Raises:
-        ResourceError: a launcher asked for several processes and Accelerate runs as one.
+        ResourceError: a launcher asked for several processes and Accelerate runs as one; a tracker is not there.
     """
     require_all_processes()
+    require_trackers(trackers)
     accelerator = Accelerator(
         cpu=device.type == "cpu",
         mixed_precision="bf16" if dtype == torch.bfloat16 else "no",
-        log_with=list(trackers) if trackers else None,
         # While one process evaluates, the others wait for the next stage; the default of ten minutes would kill them.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],
-        project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "tensorboard")),
+        project_config=ProjectConfiguration(project_dir=str(folder)),
     )
     asked = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != asked:
