@@ -68,9 +68,23 @@ DeviceMap = Annotated[
     typer.Option(help="Spread a model over devices: auto, balanced, balanced_low_0, sequential.", show_default=False),
 ]
 
+AllowInexact = Annotated[
+    bool,
+    typer.Option(
+        "--allow-inexact-resume",
+        help="Train on although settings, data or processes are not those of the checkpoint; every artefact says so.",
+    ),
+]
+
 
 @app.command()
-def extend(what: What, overrides: Overrides = None, target_length: TargetLength = None, method: Method = None) -> None:
+def extend(
+    what: What,
+    overrides: Overrides = None,
+    target_length: TargetLength = None,
+    method: Method = None,
+    allow_inexact: AllowInexact = False,
+) -> None:
     """The whole job: plan, evaluate, train, merge, verify, evaluate again, report.
 
     Run the same command again to go on after an interruption.
@@ -79,7 +93,7 @@ def extend(what: What, overrides: Overrides = None, target_length: TargetLength 
     from ctxext.pipeline.summary import print_summary
 
     recipe, reporter = _recipe(what, overrides, target_length, method), _reporter()
-    print_summary(reporter.console, run_recipe(recipe, reporter))
+    print_summary(reporter.console, run_recipe(recipe, reporter, allow_inexact=allow_inexact))
 
 
 @app.command()
@@ -91,13 +105,19 @@ def plan(what: What, overrides: Overrides = None, target_length: TargetLength = 
 
 
 @app.command()
-def train(what: What, overrides: Overrides = None, target_length: TargetLength = None, method: Method = None) -> None:
+def train(
+    what: What,
+    overrides: Overrides = None,
+    target_length: TargetLength = None,
+    method: Method = None,
+    allow_inexact: AllowInexact = False,
+) -> None:
     """Train only; `ctxext extend` goes on from there."""
     from ctxext.pipeline.run_folder import RunFolder
     from ctxext.pipeline.stages import run_recipe
 
     recipe, reporter = _recipe(what, overrides, target_length, method), _reporter()
-    run = run_recipe(recipe, reporter, last_stage="train")
+    run = run_recipe(recipe, reporter, last_stage="train", allow_inexact=allow_inexact)
     reporter.info(f"what was trained, with its extended config: {RunFolder(run).trained}")
 
 

@@ -72,6 +72,23 @@ class RecipeError(CtxextError):
         return self.what
 
 
+class ResumeError(CtxextError):
+    """What is stored belongs to a run with other settings, which are shown as a table.
+
+    Args:
+        table: lines of what differs.
+    """
+
+    exit_code = 2
+
+    def __init__(self, what: str, *, where: str, table: str, hint: str) -> None:
+        self.table = table
+        super().__init__(what, where=where, hint=hint)
+
+    def sentence(self) -> str:
+        return f"{self.where}: {self.what}\n{self.table}\n{self.hint}"
+
+
 class UnsupportedModelError(CtxextError):
     """The model's positions cannot be extended by rewriting RoPE."""
 

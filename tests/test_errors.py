@@ -16,6 +16,7 @@ from ctxext.errors import (
     PositionsNotInEffectError,
     RecipeError,
     ResourceError,
+    ResumeError,
     UnsupportedModelError,
     UsageError,
     did_you_mean,
@@ -26,6 +27,7 @@ from ctxext.errors import (
 EXIT_CODES: list[tuple[BaseException, int]] = [
     (UsageError("x"), 2),
     (RecipeError("r.yaml", ["x"]), 2),
+    (ResumeError("x", where="r", table="t", hint="h"), 2),
     (UnsupportedModelError("x"), 3),
     (ArtefactError("x"), 3),
     (PositionsNotInEffectError("x"), 3),

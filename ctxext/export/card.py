@@ -41,6 +41,7 @@ from ctxext.recipe.load import parse_document, validate_document
 from ctxext.recipe.schema import Recipe
 from ctxext.rope.methods import METHODS
 from ctxext.train.adapter import PROVENANCE_NAME, read_provenance
+from ctxext.train.inexact import trained_inexactly
 
 CARD_NAME = "README.md"
 PICTURES = "heatmap-*.png"
@@ -462,6 +463,7 @@ def _render(
         original=int(provenance["original_length"]),
         target=int(provenance["target_length"]),
         model_type=str(text.get("model_type")),
+        inexact=trained_inexactly(public_values(provenance)),
         run=run,
     )
     return re.sub(r"\n{3,}", "\n\n", rendered).rstrip("\n") + "\n"

@@ -6,7 +6,7 @@ plan -> evaluate base -> (evaluate untrained) -> train -> merge, verify -> evalu
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -53,6 +53,7 @@ from ctxext.planning.cost import estimated_seconds, measured_flops_per_second
 from ctxext.planning.periodic_plan import periodic_suite
 from ctxext.planning.plan import Plan, make_plan
 from ctxext.recipe.data import STREAMED
+from ctxext.recipe.effects import Difference
 from ctxext.recipe.schema import Recipe
 from ctxext.rope.methods import NoRewrite, RopeMethod
 from ctxext.rope.patchers import apply_method
@@ -60,6 +61,8 @@ from ctxext.rope.portable import exported_form
 from ctxext.rope.verify import verify_positions
 from ctxext.train.adapter import load_trained, read_provenance, save_trained
 from ctxext.train.checkpoint import TrainState
+from ctxext.train.inexact import record as record_inexact
+from ctxext.train.inexact import records as inexact_records
 from ctxext.train.loop import Trainer, make_accelerator
 from ctxext.train.periodic import CHECKPOINT, PeriodicEvaluation
 from ctxext.train.signals import StopRequest
@@ -100,6 +103,7 @@ class _Job:
     accelerator: Accelerator
     training_data: TrainingData | None = None
     origin: Origin | None = None
+    allow_inexact: bool = False
 
     @property
     def trained_name(self) -> str:
@@ -133,6 +137,7 @@ def extend(
     last_stage: str = "report",
     origin: Origin | None = None,
     started: float | None = None,
+    allow_inexact: bool = False,
 ) -> Path:
     """Run (or go on with) the whole job and return the run folder; of a recipe with stages, see `pipeline.stages`.
 
@@ -140,6 +145,7 @@ def extend(
         last_stage: `train` stops once the adapter is there, `merge` once the checkpoint is; `report` does everything.
         origin: the model that a curriculum began with, which the arm `base` then is.
         started: when `train.max_hours` began, by `time.monotonic()`; now when left out.
+        allow_inexact: train on although settings differ from those that the training began with; recorded.
 
     Raises:
         CtxextError: with the exit code of its kind; `status.json` repeats code and reason.
@@ -156,7 +162,9 @@ def extend(
         require_free_space(run.path, 2 * plan.merged_bytes, "checkpoints and the merged model")
         if accelerator.is_main_process:
             # Before the status is this command's to write: a folder of another run is refused and left as it is.
-            run.open(recipe, plan.to_json(), environment_facts(str(device), str(dtype).removeprefix("torch.")))
+            facts = environment_facts(str(device), str(dtype).removeprefix("torch."))
+            for note in run.open(recipe, plan.to_json(), facts, allow_inexact=allow_inexact):
+                reporter.info(note)
         accelerator.wait_for_everyone()
         try:
             job = _Job(
@@ -172,6 +180,7 @@ def extend(
                 dtype,
                 accelerator,
                 origin=origin,
+                allow_inexact=allow_inexact,
             )
             _run_stages(job, last_stage)
         except BaseException as error:  # bugs too, or status.json would keep what an earlier try said
@@ -317,6 +326,7 @@ def _provenance(job: _Job, method: RopeMethod) -> dict[str, Any]:
         "target_length": job.plan.target_length,
         "on_existing": job.recipe.on_existing,
         "plan_id": job.plan.plan_id,
+        **({"inexact_resumes": inexact} if (inexact := inexact_records(job.run.path)) else {}),
     }
 
 
@@ -360,13 +370,19 @@ def _train(job: _Job, method: RopeMethod, folder: Path, adapter: Path, title: st
     )
     windows, data_sha256 = _windows(job)
     config = _config_for(job, method)
-    state = TrainState(0, job.plan.plan_id, data_sha256, job.accelerator.num_processes)
     monitors = make_monitors(job.recipe, config, job.device, job.dtype, job.plan.original_length)
     for reason in reasons_against_attention(job.recipe):
         job.reporter.info(f"attention entropies are not watched: {reason}")
     attention = attention_of(job.recipe, config, AttentionHost.of(job.device), job.dtype)
+    in_use = {
+        "dtype-in-use": str(job.dtype).removeprefix("torch."),
+        "device": job.device.type,
+        "attention-in-use": attention.implementation,
+    }
+    state = TrainState(0, job.plan.decides | in_use, data_sha256, job.accelerator.num_processes)
     model, periodic = _load(job, config, attention.implementation), _periodic(job, method, folder)
-    trainer = Trainer(job.accelerator, model, config, windows, job.recipe, folder, state, monitors, periodic)
+    noted = _noted(job, method)
+    trainer = Trainer(job.accelerator, model, config, windows, job.recipe, folder, state, monitors, periodic, noted)
     with job.reporter.training(title, job.recipe.train.steps) as hooks:
         trainer.run(hooks, job.stop)
     stop_trackers(job.accelerator)
@@ -399,6 +415,19 @@ def _periodic(job: _Job, method: RopeMethod, folder: Path) -> PeriodicEvaluation
         },
         environment=environment_facts(str(job.device), str(job.dtype).removeprefix("torch.")),
     )
+
+
+def _noted(job: _Job, method: RopeMethod) -> Callable[[int, Sequence[Difference]], None] | None:
+    """Notes an inexact resume of an arm in the run folder; None where there must be none."""
+    if not job.allow_inexact:
+        return None
+    arm = "control" if method.method == "none" else "extended"
+
+    def note(step: int, found: Sequence[Difference]) -> None:
+        if job.is_main:
+            record_inexact(job.run.path, arm, step, found)
+
+    return note
 
 
 def _train_extended(job: _Job) -> None:

@@ -25,6 +25,8 @@ from ctxext.pipeline.excerpts import read_excerpts
 from ctxext.pipeline.run_folder import RunFolder
 from ctxext.pipeline.training_data import report_notes
 from ctxext.recipe.schema import Recipe
+from ctxext.train.adapter import PROVENANCE_NAME
+from ctxext.train.inexact import records, sentences, trained_inexactly
 
 _ORDER: tuple[ArmName, ...] = ("base", "untrained", "control", "extended")
 
@@ -121,7 +123,7 @@ def gather(run: RunFolder, recipe: Recipe) -> tuple[ReportFacts, list[Arm]]:
     """Facts and arms of a run, recorded arms included."""
     plan = read_json(run.path / "plan.json")
     arms = arms_of_run(run, recipe.rope.method)
-    notes = self_check_notes({arm.name: run.evaluation(arm.name) for arm in arms})
+    notes = [*self_check_notes({arm.name: run.evaluation(arm.name) for arm in arms}), *_inexact_notes(run)]
     if recipe.evaluation.recorded:
         recorded, baseline = recorded_arms(recipe.evaluation.recorded)
         arms += recorded
@@ -155,6 +157,12 @@ def gather(run: RunFolder, recipe: Recipe) -> tuple[ReportFacts, list[Arm]]:
         target_reached=True if run.trained is not None else None,
     )
     return facts, arms
+
+
+def _inexact_notes(run: RunFolder) -> list[str]:
+    """What the checkpoint says of its own training and of the stages before; without one, what the run folder says."""
+    provenance = run.merged / PROVENANCE_NAME
+    return trained_inexactly(read_json(provenance)) if provenance.is_file() else sentences(records(run.path))
 
 
 def _recorded_note(name: str, baseline: dict[str, Any]) -> str:

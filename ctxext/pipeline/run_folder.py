@@ -8,11 +8,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ctxext.errors import ArtefactError, UsageError
+from ctxext.errors import ArtefactError
 from ctxext.evaluation.arms import ARM_FOLDERS
 from ctxext.files import read_json, remove_partials, write_json_atomic, write_text_atomic
+from ctxext.recipe.effects import flat
 from ctxext.recipe.load import parse_document, to_yaml, validate_document
 from ctxext.recipe.schema import Recipe
+from ctxext.train.inexact import check_same_run, records
 
 _PACKAGES = (
     "ctxext",
@@ -62,32 +64,27 @@ class RunFolder:
         """Samples of one arm; the design's names `before` and `after` for base and extended."""
         return self.path / "eval" / ARM_FOLDERS.get(arm, arm)
 
-    def open(self, recipe: Recipe, plan: dict[str, Any], environment: dict[str, Any]) -> bool:
-        """Create the folder or recognise an interrupted run of the same plan; true when resuming.
+    def open(
+        self, recipe: Recipe, plan: dict[str, Any], environment: dict[str, Any], *, allow_inexact: bool = False
+    ) -> list[str]:
+        """Create the folder or recognise an interrupted run; what is worth knowing about the latter.
 
         Raises:
-            UsageError: the folder holds a run of another plan.
+            ResumeError: the folder holds a run of another plan, and going on with it was not allowed.
         """
-        stored_path = self.path / "plan.json"
-        resuming = stored_path.exists()
-        if resuming:
-            stored = read_json(stored_path)
-            if stored.get("plan_id") != plan["plan_id"]:
-                differing = sorted(key for key in plan if stored.get(key) != plan[key] and key != "plan_id")
-                raise UsageError(
-                    "the folder holds a run of another plan",
-                    where=str(self.path),
-                    got=", ".join(differing) or "another data seed or setting",
-                    expected="the same recipe",
-                    hint="Choose another output_dir=, or remove the folder to start over.",
-                )
+        stored_path, environment_path = self.path / "plan.json", self.path / "environment.json"
+        notes: list[str] = []
+        if stored_path.exists():
+            finished = self.trained is not None
+            check_same_run(read_json(stored_path), plan, self.path, finished=finished, allowed=allow_inexact)
             remove_partials(self.path)
+            notes = _changes(read_json(environment_path) if environment_path.exists() else {}, environment)
         self.path.mkdir(parents=True, exist_ok=True)
         write_text_atomic(self.path / "recipe.yaml", recipe_yaml(recipe))
         write_json_atomic(stored_path, plan)
-        if not (self.path / "environment.json").exists():
-            write_json_atomic(self.path / "environment.json", environment)
-        return resuming
+        if not environment_path.exists():
+            write_json_atomic(environment_path, environment)
+        return notes
 
     def recipe(self) -> Recipe:
         """The stored recipe.
@@ -115,11 +112,29 @@ class RunFolder:
     def ended(self, exit_code: int, reason: str) -> None:
         """Record how the command ended: launchers flatten exit codes, this file does not."""
         status = self.status()
+        if inexact := records(self.path):
+            status["inexact_resumes"] = inexact
         status.update(exit_code=exit_code, reason=reason, time=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
         self._write_status(status)
 
     def _write_status(self, status: dict[str, Any]) -> None:
         write_json_atomic(self.path / "status.json", status)
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """How the machine or its software differs from what a run began on; such a run is equal but for the last bits."""
+    keys = ("python", "system", "device", "accelerator", "num_threads", "packages")
+    stored, found = (flat({key: facts[key] for key in keys if key in facts}) for facts in (before, now))
+    changed = [
+        f"{key.removeprefix('packages.')} {stored[key]} -> {found.get(key)}"
+        for key in stored
+        if stored[key] != found.get(key)
+    ]
+    return (
+        [f"not the machine or software that the run began on: {', '.join(changed)}; last bits may differ"]
+        if changed
+        else []
+    )
 
 
 def recipe_yaml(recipe: Recipe) -> str:

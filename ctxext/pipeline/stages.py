@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from ctxext.errors import RecipeError, UsageError
+from ctxext.errors import RecipeError
 from ctxext.files import read_json, write_text_atomic
 from ctxext.model.load import load_config, resolve_source, weights_fingerprint
 from ctxext.pipeline.extend import Origin, extend, output_folder
@@ -19,6 +19,7 @@ from ctxext.pipeline.run_folder import recipe_yaml
 from ctxext.recipe.schema import Recipe, stage_recipe
 from ctxext.rope.patchers import apply_method
 from ctxext.rope.portable import exported_form
+from ctxext.train.inexact import records
 
 RECIPE_NAME = "curriculum.yaml"
 
@@ -67,27 +68,29 @@ def stages_of(recipe: Recipe) -> list[Stage]:
     return stages
 
 
-def run_recipe(recipe: Recipe, reporter: Reporter, *, last_stage: str = "report") -> Path:
+def run_recipe(recipe: Recipe, reporter: Reporter, *, last_stage: str = "report", allow_inexact: bool = False) -> Path:
     """Run (or go on with) a recipe, in stages or not, and return its run folder.
 
     Raises:
         CtxextError: see `extend`.
     """
     run = extend if recipe.stages is None else extend_in_stages
-    return run(recipe, reporter, last_stage=last_stage)
+    return run(recipe, reporter, last_stage=last_stage, allow_inexact=allow_inexact)
 
 
-def extend_in_stages(recipe: Recipe, reporter: Reporter, *, last_stage: str = "report") -> Path:
+def extend_in_stages(
+    recipe: Recipe, reporter: Reporter, *, last_stage: str = "report", allow_inexact: bool = False
+) -> Path:
     """Run (or go on with) all stages and return the last one's run folder.
 
     Raises:
         CtxextError: see `extend`; finished stages stay.
-        UsageError: the folder holds the stages of another recipe.
     """
     started = time.monotonic()
     stages = stages_of(recipe)
     folder = output_folder(recipe)
-    _open(folder, recipe)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text_atomic(folder / RECIPE_NAME, recipe_yaml(recipe))
     source = resolve_source(recipe.model.source, recipe.model.revision)
     config = load_config(source)
     done: list[dict[str, object]] = []
@@ -96,9 +99,12 @@ def extend_in_stages(recipe: Recipe, reporter: Reporter, *, last_stage: str = "r
         origin = Origin(source, config, weights_fingerprint(source, config), list(done)) if done else None
         final = stage.number == stage.count
         until = last_stage if final else "merge"
-        run = extend(stage.recipe, reporter, last_stage=until, origin=origin, started=started)
-        plan = read_json(run / "plan.json")
-        done.append({key: plan[key] for key in ("method", "target_length", "plan_id")})
+        run = extend(
+            stage.recipe, reporter, last_stage=until, origin=origin, started=started, allow_inexact=allow_inexact
+        )
+        plan, inexact = read_json(run / "plan.json"), records(run)
+        facts = {key: plan[key] for key in ("method", "target_length", "plan_id")}
+        done.append(facts | ({"inexact_resumes": inexact} if inexact else {}))
     return folder
 
 
@@ -115,18 +121,3 @@ def _require_plain_form(recipe: Recipe, number: int) -> None:
                 "stage"
             ],
         )
-
-
-def _open(folder: Path, recipe: Recipe) -> None:
-    path = folder / RECIPE_NAME
-    text = recipe_yaml(recipe)
-    if path.is_file():
-        if path.read_text(encoding="utf-8") != text:
-            raise UsageError(
-                "the folder holds the stages of another recipe",
-                where=str(path),
-                hint="Choose another output_dir, or remove the folder.",
-            )
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text_atomic(path, text)

@@ -24,9 +24,9 @@ from ctxext.model.routers import check_routers
 from ctxext.model.savings import check_savings
 from ctxext.planning.cost import ModelShape, attention_width
 from ctxext.planning.data_plan import data_lines, facts_notes
+from ctxext.planning.identity import decisive_values
 from ctxext.planning.periodic_plan import evaluated_steps, periodic_suite
 from ctxext.planning.training_notes import training_notes
-from ctxext.recipe.data import STREAMED
 from ctxext.recipe.load import KeyPath
 from ctxext.recipe.schema import Recipe
 from ctxext.rope.families import OnExisting, base_ropes, text_config
@@ -35,8 +35,6 @@ from ctxext.rope.patchers import apply_method
 from ctxext.rope.reference import describe_positions
 
 _FLOAT32_BYTES = 4
-# Of `train`: how often is saved, what is watched and where it runs; results do not depend on them.
-_WITHOUT_EFFECT = ("allow_slow", "checkpoint_every", "keep_checkpoints", "max_hours", "probe", "trackers")
 
 
 @dataclass(frozen=True)
@@ -53,6 +51,7 @@ class Plan:
         cache_bytes: KV cache of the longest evaluated prompt, in float32.
         weights: fingerprint of the base weights.
         plan_id: hash of everything that changes results.
+        decides: everything that changes results, by key.
         positions: the extended config's RoPE in one line.
         notes: what the model's config does not say, or says otherwise elsewhere; what facts share with the suite;
             advice.
@@ -62,6 +61,7 @@ class Plan:
     """
 
     plan_id: str
+    decides: dict[str, Any]
     weights: str
     model: str
     model_type: str
@@ -140,34 +140,20 @@ def make_plan(recipe: Recipe) -> Plan:
     window_flops = shape.train_flops(window_tokens, checkpointing, full=recipe.adaptation == "full")
     train_tokens = recipe.train.steps * recipe.train.windows_per_step * window_tokens
     arms = arms_of(recipe)
-    # Only what changes results: where the run is written, how often it saves and what else is evaluated do not.
-    decisive = recipe.model_dump(mode="json")
-    for key in _WITHOUT_EFFECT:
-        decisive["train"].pop(key)
-    decisive["train"]["monitors"].pop("attention_every")
     during = periodic_suite(recipe.train, base.original_length, recipe.target_length)
-    if during is not None:  # it chooses the checkpoint
-        decisive["train"]["evaluate"]["suite"] = during.model_dump(mode="json")
     samples_during = [] if during is None else resolve_samples(during, base.original_length, recipe.target_length)
-    for key in ("output_dir", "evaluation", "parallel"):
-        decisive.pop(key)
-    # Of the savings, only tiles change what is computed, and only in the last bits.
-    tile = decisive["train"].pop("memory") and recipe.train.memory.tile(window_tokens * recipe.train.windows_per_device)
-    decisive["train"] |= {"tile_tokens": tile} if tile else {}
-    if recipe.data.cache != STREAMED:  # where the cache lies changes nothing, but streaming reads in another order
-        decisive["data"].pop("cache")
-    decisive["data"]["length"].pop("allow_short")  # whether a selection is accepted, not what is selected
-    if recipe.data.contamination == "exclude":  # what is left out depends on the suite
-        decisive["data"]["excluded"] = suite.model_dump(mode="json")
+    decides = decisive_values(
+        recipe,
+        suite,
+        during,
+        window_tokens=window_tokens,
+        weights=weights,
+        positions={"theta": base.theta, **text_config(extended).rope_parameters},
+    )
     return Plan(
         weights=weights,
-        plan_id=fingerprint(
-            {
-                "recipe": decisive,
-                "config": text_config(extended).to_dict().get("rope_parameters"),
-                "base": [base.theta, weights],
-            }
-        ),
+        plan_id=fingerprint(decides),
+        decides=decides,
         model=recipe.model.source,
         model_type=str(text.model_type),
         original_length=base.original_length,

@@ -24,6 +24,7 @@ from ctxext.files import (
     write_json_atomic,
     write_manifest,
 )
+from ctxext.recipe.effects import Difference, differences
 from ctxext.train.adapter import read_tensors, tensor_write_errors, write_tensors
 
 _NAME = re.compile(r"step-(\d{6,})")
@@ -37,22 +38,28 @@ class TrainState:
 
     Attributes:
         step: optimizer steps done.
-        plan_id: of the plan that the run follows.
+        decides: the plan's values that change results, and what they became on this machine.
         data_sha256: of the token stream.
         num_processes: processes that shared each step.
         skipped_in_a_row: last steps without update, because something in them was not finite.
     """
 
     step: int
-    plan_id: str
+    decides: dict[str, Any]
     data_sha256: str
     num_processes: int
     skipped_in_a_row: int = 0
 
-    def differences(self, other: TrainState) -> list[str]:
-        """Names of the fields that say which run it is, and in which two states disagree."""
-        mine, theirs = asdict(self), asdict(other)
-        return [key for key in ("plan_id", "data_sha256", "num_processes") if mine[key] != theirs[key]]
+    def differences(self, new: TrainState, *, random_drawn: bool) -> list[Difference]:
+        """What makes going on as `new` another training.
+
+        Args:
+            random_drawn: whether training draws random numbers, which belong to a number of processes. Everything else
+                is the same for any number, but for the last bits of sums.
+        """
+        stored = self.decides | {"training-tokens": self.data_sha256, "processes": self.num_processes}
+        asked = new.decides | {"training-tokens": new.data_sha256, "processes": new.num_processes}
+        return [d for d in differences(stored, asked) if d.key != "processes" or random_drawn]
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,12 @@ from ctxext.model.lora import num_trainable
 from ctxext.model.loss_proof import prove_loss
 from ctxext.model.parts import causal_lm
 from ctxext.model.savings import apply_savings, savings_of
+from ctxext.recipe.effects import Difference
 from ctxext.recipe.schema import Recipe
 from ctxext.rope.verify import RopeVerification, verify_positions
 from ctxext.train.adapter import adapter_tensors, set_adapter_tensors
 from ctxext.train.checkpoint import (
+    Checkpoint,
     TrainState,
     checkpoint_path,
     newest_checkpoint,
@@ -38,12 +40,14 @@ from ctxext.train.checkpoint import (
     save_checkpoint,
     set_optimizer_tensors,
 )
+from ctxext.train.inexact import is_fixed, other_run
 from ctxext.train.kernels import proven_kernels
 from ctxext.train.metrics import EVALUATION, MetricsFile, StepMetrics
 from ctxext.train.monitors import Monitor, StepEvent
 from ctxext.train.non_finite import NonFinitePolicy
 from ctxext.train.optimizer import make_optimizer
 from ctxext.train.periodic import Chosen, PeriodicEvaluation
+from ctxext.train.random_state import nothing_drawn, random_states, seed_process, set_random_state
 from ctxext.train.schedule import learning_rate_at
 from ctxext.train.signals import StopRequest
 from ctxext.train.step import SummedLoss, run_step
@@ -109,6 +113,7 @@ class Trainer:
         state: plan, data and processes of this run; its step is ignored.
         monitors: what watches the training.
         periodic: evaluates every so many steps, and says which step's weights to end with.
+        on_inexact: told of a resume with other settings; without it there is none.
     """
 
     def __init__(
@@ -122,6 +127,7 @@ class Trainer:
         state: TrainState,
         monitors: Sequence[Monitor] = (),
         periodic: PeriodicEvaluation | None = None,
+        on_inexact: Callable[[int, Sequence[Difference]], None] | None = None,
     ) -> None:
         settings = recipe.train
         self._accelerator = accelerator
@@ -133,6 +139,7 @@ class Trainer:
         self._folder = folder
         self._metrics = MetricsFile(folder)
         self._identity = state
+        self._on_inexact = on_inexact
         self._non_finite = NonFinitePolicy(settings.non_finite)
         self._check_batch()
         verify_positions(model, config)
@@ -297,18 +304,15 @@ class Trainer:
         checkpoint, messages = newest_checkpoint(self._folder / "checkpoints")
         if checkpoint is None:
             self._keep_metrics_up_to(0)
-            torch.manual_seed(self._settings.seed + self._accelerator.process_index)
+            seed_process(self._accelerator, self._settings.seed)
             return 0, messages
-        differing = self._identity.differences(checkpoint.state)
-        if differing:
-            raise UsageError(
-                "the checkpoint belongs to another run: " + ", ".join(differing) + " changed",
-                where=str(checkpoint.folder),
-                hint="Use another output_dir, or undo the change to go on exactly.",
-            )
+        messages += self._check_same_run(checkpoint)
         set_adapter_tensors(self._adapted, checkpoint.adapter, str(checkpoint.folder))
         set_optimizer_tensors(self._optimizer.optimizer, checkpoint.optimizer)
-        self._set_random_state(checkpoint.random_states)
+        if checkpoint.state.num_processes == self._identity.num_processes:
+            set_random_state(self._accelerator, checkpoint.random_states)
+        else:
+            seed_process(self._accelerator, self._settings.seed)
         self._non_finite.in_a_row = checkpoint.state.skipped_in_a_row
         self._windows.restore(checkpoint.stream_state, checkpoint.state.step * self._settings.windows_per_step)
         for monitor in self._monitors:
@@ -320,12 +324,29 @@ class Trainer:
         messages.append(f"resumed at step {checkpoint.state.step} of {self._settings.steps}")
         return checkpoint.state.step, messages
 
+    def _check_same_run(self, checkpoint: Checkpoint) -> list[str]:
+        """Refuse what is not the same training, or note it where that is allowed; what people should know."""
+        stored, new = checkpoint.state, self._identity
+        random_drawn = not nothing_drawn(checkpoint.random_states, self._settings.seed)
+        found = stored.differences(new, random_drawn=random_drawn)
+        if found:
+            if self._on_inexact is None or is_fixed(found):
+                raise other_run(checkpoint.folder, found)
+            self._on_inexact(stored.step, found)
+            return [f"inexact from step {stored.step} on: {', '.join(d.words() for d in found)}"]
+        if stored.num_processes != new.num_processes:
+            return [
+                f"{new.num_processes} instead of {stored.num_processes} processes: no random numbers are drawn, so the "
+                "training is the same but for the last bits of sums"
+            ]
+        return []
+
     def _keep_metrics_up_to(self, step: int) -> None:
         if self._accelerator.is_main_process:
             self._metrics.keep_up_to(step)
 
     def _save(self, step: int) -> None:
-        states = self._random_states()
+        states = random_states(self._accelerator)
         if self._accelerator.is_main_process:
             save_checkpoint(
                 self._folder / "checkpoints",
@@ -339,17 +360,3 @@ class Trainer:
                 self._periodic.best.step if self._periodic is not None and self._periodic.best is not None else None,
             )
         self._accelerator.wait_for_everyone()
-
-    def _random_states(self) -> dict[str, torch.Tensor]:
-        device = self._accelerator.device
-        mine = torch.get_rng_state().to(device)
-        states = {"cpu": self._accelerator.gather(mine[None]).cpu()}
-        if device.type == "cuda":
-            states["cuda"] = self._accelerator.gather(torch.cuda.get_rng_state(device).to(device)[None]).cpu()
-        return {key: value.contiguous() for key, value in states.items()}
-
-    def _set_random_state(self, states: dict[str, torch.Tensor]) -> None:
-        index = self._accelerator.process_index
-        torch.set_rng_state(states["cpu"][index].clone())
-        if "cuda" in states and self._accelerator.device.type == "cuda":
-            torch.cuda.set_rng_state(states["cuda"][index].clone(), self._accelerator.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -81,14 +82,21 @@ def test_two_processes_give_the_losses_and_weights_of_one(runs: tuple[Path, Path
         assert float((weights[name] - tensor).abs().max()) < 1e-5, name
 
 
-def test_a_run_of_two_processes_is_not_resumed_by_one(runs: tuple[Path, Path], tmp_path: Path) -> None:
-    import shutil
-
+def test_one_process_goes_on_for_two_where_no_random_numbers_are_drawn(runs: tuple[Path, Path], tmp_path: Path) -> None:
     run = Path(shutil.copytree(runs[1], tmp_path / "two"))
     shutil.rmtree(run / "adapter")
+    shutil.rmtree(run / "checkpoints" / "step-000003")
     recipe = recipe_of(str(runs[1].parent / "recipe.yaml"), [*SETTINGS, f"output_dir={run}"])
-    with pytest.raises(UsageError, match="num_processes changed"):
-        extend(recipe, SilentReporter(), last_stage="train")
+    reporter = SilentReporter()
+    extend(recipe, reporter, last_stage="train")
+    (start,) = reporter.starts
+    assert start.resumed_step == 2
+    assert "1 instead of 2 processes" in start.messages[0]
+    assert "the same but for the last bits" in start.messages[0]
+    expected, weights = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (runs[0], run))
+    for name, tensor in expected.items():
+        assert float((weights[name] - tensor).abs().max()) < 1e-5, name
+    assert not (run / "inexact.json").exists()
 
 
 def test_a_batch_that_the_processes_cannot_share_is_refused(tmp_path: Path) -> None:

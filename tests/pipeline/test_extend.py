@@ -11,7 +11,7 @@ import pytest
 import yaml
 from support import Job, SilentReporter, byte_tokenizer, json_lines, make_job, step_lines, write_suite
 
-from ctxext.errors import ArtefactError, CtxextError, RecipeError, UsageError
+from ctxext.errors import ArtefactError, CtxextError, RecipeError, ResumeError, UsageError
 from ctxext.evaluation.results import derived_results
 from ctxext.evaluation.store import load_samples
 from ctxext.files import verify_manifest
@@ -126,14 +126,19 @@ def test_a_second_run_changes_no_result(finished: tuple[Job, SilentReporter]) ->
 
 @pytest.mark.parametrize(
     ("override", "named"),
-    [("train.steps=5", "steps"), ("target_length=384", "target_length"), ("data.seed=1", "seed"), ("lora.rank=2", "")],
+    [
+        ("train.steps=5", "train.steps  4 "),
+        ("target_length=384", "target_length    256"),
+        ("data.seed=1", "data.seed  0 "),
+        ("lora.rank=2", "lora.rank  4 "),
+    ],
 )
 def test_another_recipe_on_the_same_folder_is_refused_naming_what_differs(
     finished: tuple[Job, SilentReporter], override: str, named: str
 ) -> None:
     job, _ = finished
     before = contents(job.output)
-    with pytest.raises(UsageError, match="run of another plan") as caught:
+    with pytest.raises(ResumeError, match="run of another plan") as caught:
         extend(job.recipe(*ALL_ARMS, override), SilentReporter())
     assert named in str(caught.value)
     assert {k: v for k, v in contents(job.output).items() if k != "status.json"} == {

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from support import Job, SilentReporter, make_job, step_lines
 
-from ctxext.errors import RecipeError, UsageError
+from ctxext.errors import RecipeError, ResumeError
 from ctxext.files import read_json
 from ctxext.model.load import load_config, load_model, resolve_source
 from ctxext.pipeline.stages import run_recipe, stages_of
@@ -100,7 +100,7 @@ def test_a_finished_curriculum_has_nothing_left_to_do(finished: tuple[Job, Silen
 
 def test_a_folder_of_another_curriculum_is_refused(finished: tuple[Job, SilentReporter]) -> None:
     job, _ = finished
-    with pytest.raises(UsageError, match="stages of another recipe"):
+    with pytest.raises(ResumeError, match=r"stages/1.*run of another plan"):
         run_recipe(job.recipe("data.seed=99"), SilentReporter())
 
 

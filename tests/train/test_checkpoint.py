@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from support import SilentReporter, file_size_limit, make_job
+from support import file_size_limit
 from torch import Tensor
 
-from ctxext.errors import ResourceError, UsageError
-from ctxext.pipeline.extend import extend
+from ctxext.errors import ResourceError
 from ctxext.train.checkpoint import (
     TrainState,
-    checkpoint_path,
     newest_checkpoint,
     optimizer_tensors,
     save_checkpoint,
     set_optimizer_tensors,
 )
 
-STATE = TrainState(step=2, plan_id="plan", data_sha256="data", num_processes=1)
+STATE = TrainState(step=2, decides={"train.seed": 0}, data_sha256="data", num_processes=1)
 
 
 def tensors(seed: int, count: int = 3) -> dict[str, Tensor]:
@@ -33,7 +30,7 @@ def tensors(seed: int, count: int = 3) -> dict[str, Tensor]:
 
 
 def save(folder: Path, step: int, keep: int = 2, seed: int | None = None) -> Path:
-    state = TrainState(step, STATE.plan_id, STATE.data_sha256, STATE.num_processes)
+    state = TrainState(step, STATE.decides, STATE.data_sha256, STATE.num_processes)
     number = step if seed is None else seed
     random_states = {"cpu": torch.get_rng_state()[None]}
     return save_checkpoint(folder, state, tensors(number), tensors(number + 1000), random_states, keep)
@@ -161,18 +158,3 @@ def test_saving_the_same_step_again_replaces_it(tmp_path: Path) -> None:
     checkpoint, _ = newest_checkpoint(tmp_path)
     assert checkpoint is not None
     assert torch.equal(checkpoint.adapter["layer.0.weight"], tensors(7)["layer.0.weight"])
-
-
-@pytest.mark.parametrize("key", ["plan_id", "data_sha256", "num_processes"])
-def test_the_state_of_another_run_is_refused_by_name(tmp_path: Path, key: str) -> None:
-    job = make_job(tmp_path)
-    extend(job.recipe("train.steps=2"), SilentReporter(), last_stage="train")
-    folder = checkpoint_path(job.output / "checkpoints", 2)
-    state = json.loads((folder / "state.json").read_text())
-    state[key] = 7 if key == "num_processes" else "another"
-    save_checkpoint(job.output / "checkpoints", TrainState(**state), tensors(0), tensors(1), tensors(2), keep=2)
-    for file in (job.output / "adapter").iterdir():
-        file.unlink()
-    (job.output / "adapter").rmdir()
-    with pytest.raises(UsageError, match=f"belongs to another run: {key} changed"):
-        extend(job.recipe("train.steps=2"), SilentReporter(), last_stage="train")
