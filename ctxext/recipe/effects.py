@@ -34,18 +34,19 @@ _TABLE: dict[str, dict[Effect, str]] = {
     "data.length": {"results": "long_from long_share upsample", "none": "allow_short"},
     "data.facts": {"results": "share style per_window"},
     "lora": {
-        "fixed": "rank targets routers weight_decomposed embeddings_and_norms",
+        "fixed": "rank targets routers experts weight_decomposed embeddings_and_norms",
         "results": "alpha dropout rank_stabilized start_from",
     },
     "train": {
         "fixed": "optimizer",
-        "results": "steps windows_per_step learning_rate warmup decay weight_decay max_grad_norm seed",
+        "results": "steps windows_per_step learning_rate warmup decay weight_decay max_grad_norm router_loss "
+        "router_jitter seed",
         "last-bits": "windows_per_device attention compile activation_checkpointing",
         # A run that stopped at a value that is not finite may go on leaving such steps out: none came before.
         "none": "allow_slow probe non_finite max_hours checkpoint_every keep_checkpoints trackers",
     },
     "train.memory": {"last-bits": "tile_tokens", "none": "checkpoint_every_n_layers offload device_gib"},
-    "train.monitors": {"results": "router_jitter", "none": "attention_every"},
+    "train.monitors": {"none": "attention_every"},
     "train.evaluate": {"results": "every suite stop_after"},
     # How many processes really run is compared with the checkpoint: `processes` below.
     "parallel": {"last-bits": "shard sequence sequence_engine", "none": "processes"},
@@ -77,6 +78,7 @@ _EFFECTS: dict[str, Effect] = _BESIDES | {
 LATER: dict[str, Any] = {
     "adaptation": "lora",
     "lora.routers": False,
+    "lora.experts": False,
     "lora.rank_stabilized": False,
     "lora.weight_decomposed": False,
     "lora.embeddings_and_norms": False,
@@ -86,7 +88,7 @@ LATER: dict[str, Any] = {
     "train.attention": "auto",
     "train.compile": False,
     "train.memory.tile_tokens": None,
-    "train.monitors.router_jitter": 0.0,
+    "train.router_jitter": 0.0,
     "train.evaluate": None,
     "parallel.shard": "auto",
     "parallel.sequence": 1,

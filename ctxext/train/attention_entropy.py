@@ -58,7 +58,7 @@ class AttentionMonitor:
     def after_step(self, event: StepEvent) -> list[dict[str, Any]]:
         """What was recorded in this step."""
         record = self._stop()
-        if record is None:
+        if record is None or event.metrics.skipped:  # what it saw in a skipped step may not be finite
             return []
         line = _line(record)
         if record.layers:

@@ -41,8 +41,8 @@ class StepMetrics:
 
     def to_json(self) -> dict[str, Any]:
         """The line: what may be missing where it is there, and null for what JSON has no number for."""
-        values = {key: value for key, value in asdict(self).items() if value is not None}
-        return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
+        line: dict[str, Any] = _for_json({key: value for key, value in asdict(self).items() if value is not None})
+        return line
 
 
 class MetricsFile:
@@ -60,7 +60,7 @@ class MetricsFile:
 
     def add_monitor(self, name: str, step: int, line: dict[str, Any]) -> None:
         """A monitor's line."""
-        append_json_line(self._path, {"step": step, "monitor": name, **line})
+        append_json_line(self._path, {"step": step, "monitor": name, **_for_json(line)})
 
     def keep_up_to(self, step: int) -> None:
         """Drop what is behind `step`, which will be done again; its checkpoint is older than its evaluation."""
@@ -71,6 +71,15 @@ class MetricsFile:
                 if line["step"] < step or (line["step"] == step and line.get("monitor") != EVALUATION)
             ]
             write_text_atomic(self._path, "".join(canonical_json(line) + "\n" for line in kept))
+
+
+def _for_json(value: Any) -> Any:
+    """`value` with null for numbers that are not finite: in a skipped step any of them may be."""
+    if isinstance(value, dict):
+        return {key: _for_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_for_json(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_metrics(folder: Path) -> tuple[list[dict[str, Any]], dict[str, list[dict[str, Any]]]]:

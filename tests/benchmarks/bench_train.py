@@ -134,7 +134,7 @@ def train_with_ctxext(setting: Setting, run: Run, model: Any) -> None:
     """The loop of `ctxext extend`, metrics and a checkpoint at the end included."""
     with tempfile.TemporaryDirectory() as folder:
         accelerator = make_accelerator(torch.float32, torch.device("cpu"), [], Path(folder))
-        windows, state = FixedWindows(setting.windows), TrainState(0, "benchmark", "benchmark", 1)
+        windows, state = FixedWindows(setting.windows), TrainState(0, {}, "benchmark", 1)
         trainer = OurTrainer(accelerator, model, setting.config, windows, setting.recipe, Path(folder), state)
 
         def on_step(metrics: Any) -> None:

@@ -13,11 +13,12 @@ from typing import Any
 
 from accelerate import debug_launcher
 from safetensors.torch import load_file
-from support import SilentReporter, child_environment, json_lines, make_job
+from support import SilentReporter, child_environment, make_job
 
 from ctxext.errors import InterruptedRunError, exit_code_of
 from ctxext.pipeline.extend import extend
 from ctxext.pipeline.recipes import recipe_of
+from ctxext.train.metrics import read_metrics
 
 SETTINGS = ("train.steps=6", "train.windows_per_step=4", "lora.dropout=0.1")
 
@@ -72,7 +73,7 @@ def test_a_time_limit_and_a_signal_to_one_end_both_alike_and_both_go_on_to_the_s
     mine, theirs = (load_file(j.output / "adapter" / "adapter_model.safetensors") for j in (job, undisturbed))
     assert len(theirs) == 28
     assert all(mine[name].equal(tensor) for name, tensor in theirs.items())
-    losses = [[line["loss"] for line in json_lines(j.output / "metrics.jsonl")] for j in (job, undisturbed)]
+    losses = [[line["loss"] for line in read_metrics(j.output)[0]] for j in (job, undisturbed)]
     assert losses[0] == losses[1]
 
 
