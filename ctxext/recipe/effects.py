@@ -89,6 +89,7 @@ LATER: dict[str, Any] = {
     "train.compile": False,
     "train.memory.tile_tokens": None,
     "train.router_jitter": 0.0,
+    "train.router_loss": None,
     "train.evaluate": None,
     "parallel.shard": "auto",
     "parallel.sequence": 1,
