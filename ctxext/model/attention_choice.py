@@ -30,13 +30,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.modeling_flash_attention_utils import FLASH_ATTENTION_COMPATIBILITY_MATRIX
 
 from ctxext.errors import ResourceError, UnsupportedModelError, UsageError
 from ctxext.files import format_bytes
 from ctxext.model.documents import DOCUMENTS
-from ctxext.model.load import choose_device, choose_dtype
+from ctxext.model.load import choose_device, choose_dtype, model_class
 from ctxext.recipe.schema import Recipe
 from ctxext.rope.families import text_config
 
@@ -284,21 +284,6 @@ class _Attention:
         """What eager attention would hold of one layer."""
         size = format_bytes(4 * self.num_heads * self.tokens**2)
         return f"all scores of {self.num_heads} heads x {self.tokens:,} x {self.tokens:,} tokens, {size} a layer"
-
-
-def model_class(config: PreTrainedConfig) -> Any:
-    """transformers' class of a causal language model.
-
-    Raises:
-        UnsupportedModelError: it has none for this config.
-    """
-    try:
-        found = AutoModelForCausalLM._model_mapping[type(config)]
-    except KeyError as error:
-        raise UnsupportedModelError(
-            "transformers has no causal language model of this kind", where=str(getattr(config, "model_type", "model"))
-        ) from error
-    return found[0] if isinstance(found, tuple) else found
 
 
 def _layer_types(text: Any, window_tokens: int) -> set[str]:

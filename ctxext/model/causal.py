@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from ctxext.model.documents import DOCUMENTS
 from ctxext.model.windowed import WINDOWED, windowed_attention, windowed_mask
 from ctxext.rope.families import text_config
 
@@ -85,7 +86,7 @@ def chunked_attention(
 
 
 def supports_chunked(model: Any) -> bool:
-    """Whether `using_chunked` computes this model: on a CPU, with `sdpa` or windowed attention, plain causal layers."""
+    """Whether `using_chunked` computes this model: on a CPU, with `sdpa` or one of our own, plain causal layers."""
     text = text_config(model.config)
     if getattr(text, "attn_logit_softcapping", None) is not None or model.device.type != "cpu":
         return False
@@ -95,7 +96,7 @@ def supports_chunked(model: Any) -> bool:
     if not getattr(model, "_supports_attention_backend", False):
         return False
     now = getattr(text, "_attn_implementation", None)
-    if now == WINDOWED:
+    if now in (WINDOWED, DOCUMENTS):
         return True
     sliding = getattr(text, "sliding_window", None) is not None
     layer_types = set(getattr(text, "layer_types", None) or ["full_attention"])

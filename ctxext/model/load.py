@@ -233,13 +233,36 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def model_class(config: PreTrainedConfig) -> Any:
+    """transformers' class of a causal language model.
+
+    Raises:
+        UnsupportedModelError: it has none for this config.
+    """
+    try:
+        found = AutoModelForCausalLM._model_mapping[type(config)]
+    except KeyError as error:
+        raise UnsupportedModelError(
+            "transformers has no causal language model of this kind", where=str(getattr(config, "model_type", "model"))
+        ) from error
+    return found[0] if isinstance(found, tuple) else found
+
+
+def plain_attention(config: PreTrainedConfig) -> str:
+    """The attention that computes a model right and as fast as transformers can: `sdpa`, or `eager` where it must be.
+
+    PyTorch's has no soft cap and no sinks, and transformers refuses to load such models with it.
+    """
+    return "sdpa" if model_class(config)._supports_sdpa else "eager"
+
+
 def load_model(
     source: ModelSource,
     config: PreTrainedConfig,
     *,
     dtype: torch.dtype,
     device: torch.device,
-    attention: str = "sdpa",
+    attention: str | None = None,
     device_map: str | Mapping[str, str | int] | None = None,
 ) -> PreTrainedModel:
     """Build the model from `config` (extended or not) and the source's weights, on `device`, in eval mode.
@@ -247,6 +270,7 @@ def load_model(
     Rotary frequencies stay float32 whatever `dtype` is. The config is copied, because loading mutates it.
 
     Args:
+        attention: transformers' name of it; `plain_attention` when left out.
         device_map: spreads a model that is too large for `device`, as transformers' `from_pretrained` takes it; what no
             device has room for goes to disk, into a folder that is removed with the model.
 
@@ -259,7 +283,7 @@ def load_model(
                 source.location,
                 config=copy.deepcopy(config),
                 dtype=dtype,
-                attn_implementation=attention,
+                attn_implementation=attention or plain_attention(config),
                 output_loading_info=True,
                 **spread,
                 **source.arguments(),

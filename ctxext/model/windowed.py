@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from ctxext.errors import UnsupportedModelError
+from ctxext.model.load import plain_attention
 from ctxext.rope.families import text_config
 
 WINDOWED = "ctxext_windowed"
@@ -59,8 +60,9 @@ def supports_windowed(config: Any) -> bool:
 
 
 def attention_for(config: Any, device: torch.device) -> str:
-    """The attention to load a model with for long prompts: `WINDOWED` on a CPU where it applies, else `sdpa`."""
-    return WINDOWED if device.type == "cpu" and supports_windowed(config) else "sdpa"
+    """The attention to load a model with for long prompts: `WINDOWED` on a CPU where it applies, else the plain one."""
+    plain = plain_attention(config)
+    return WINDOWED if plain == "sdpa" and device.type == "cpu" and supports_windowed(config) else plain
 
 
 def windowed_mask(

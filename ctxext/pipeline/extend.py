@@ -241,7 +241,7 @@ def _config_for(job: _Job, method: RopeMethod) -> PreTrainedConfig:
     return apply_method(job.base_config, method, job.recipe.target_length, job.recipe.on_existing)
 
 
-def _load(job: _Job, config: PreTrainedConfig, attention: str = "sdpa") -> PreTrainedModel:
+def _load(job: _Job, config: PreTrainedConfig, attention: str | None = None) -> PreTrainedModel:
     model = load_model(job.source, config, dtype=job.dtype, device=job.device, attention=attention)
     job.reporter.info(verify_positions(model, config).summary())
     return model

@@ -24,8 +24,9 @@ from transformers.models.llama import modeling_llama
 
 from ctxext.errors import CtxextError, ResourceError, first_line
 from ctxext.files import format_bytes
-from ctxext.model.attention_choice import AttentionChoice, model_class
+from ctxext.model.attention_choice import AttentionChoice
 from ctxext.model.documents import cumulative_arguments, documents_of
+from ctxext.model.load import model_class
 from ctxext.planning.allocator import peak_growth_bytes
 from ctxext.rope.families import text_config
 

@@ -3,10 +3,16 @@ of other documents where documents are isolated."""
 
 from __future__ import annotations
 
+from itertools import pairwise
+from typing import Any
+
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from test_influence import model_with_lora, watched
 from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import flash_attention_mask
 
 from ctxext.model.documents import DOCUMENTS
 from ctxext.train.step import SummedLoss
@@ -74,3 +80,37 @@ def test_what_is_not_learned_adds_nothing_to_the_loss() -> None:
         both = SummedLoss(model)(IDS, positions)
     assert 0 < float(some) < float(both)
     torch.testing.assert_close(some + others, both)
+
+
+def by_lengths(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: None, **arguments: Any) -> Any:
+    """As flash-attn's functions: causal, documents by the cumulative lengths, rows of a batch without any."""
+    lengths = arguments.get("cu_seq_lens_q")
+    places = [0, *([LENGTH, 2 * LENGTH] if lengths is None else lengths.tolist()[1:])]
+    flat = [tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value)]
+    longest = max(end - begin for begin, end in pairwise(places))
+    assert arguments.get("max_length_q", LENGTH) == longest
+    parts = [
+        F.scaled_dot_product_attention(
+            *(tensor[begin:end].transpose(0, 1) for tensor in flat),
+            is_causal=True,
+            scale=arguments["scaling"],
+            enable_gqa=True,
+        )
+        for begin, end in pairwise(places)
+    ]
+    return torch.cat(parts, dim=1).transpose(0, 1).unflatten(0, (2, LENGTH)), None
+
+
+@pytest.mark.parametrize("isolated", [False, True])
+def test_flash_attention_gets_the_documents_of_a_batch_as_lengths(isolated: bool) -> None:
+    AttentionInterface.register("flash_attention_by_lengths", by_lengths)
+    AttentionMaskInterface.register("flash_attention_by_lengths", flash_attention_mask)
+    ids = torch.cat([IDS, IDS.flip(1)])
+    positions = torch.cat([RESTARTING, torch.arange(LENGTH)[None]])
+    model = model_with_lora("eager")
+    with torch.no_grad():
+        expected = SummedLoss(model)(ids, positions, isolated=isolated)
+        # Set afterwards: transformers looks for the package of what a model is built with.
+        model.get_base_model().config._attn_implementation = "flash_attention_by_lengths"
+        found = SummedLoss(model)(ids, positions, isolated=isolated)
+    torch.testing.assert_close(found, expected)

@@ -249,6 +249,8 @@ def test_it_is_chosen_only_where_it_applies() -> None:
     assert attention_for(config_of("gemma3_text"), cpu) == WINDOWED
     assert attention_for(config_of("gemma3_text"), cuda) == "sdpa"
     assert attention_for(tiny_config(), cpu) == "sdpa"
+    for name in REFUSING:  # what transformers does not load with sdpa
+        assert attention_for(config_of(name), cpu) == attention_for(config_of(name), cuda) == "eager"
     for config in (
         config_of("mistral", sliding_window=None),
         config_of("qwen2", use_sliding_window=False),
