@@ -25,6 +25,7 @@ from ctxext.model.host_memory import freed_memory_kept
 from ctxext.model.lora import num_trainable
 from ctxext.model.loss_proof import prove_loss
 from ctxext.model.parts import causal_lm
+from ctxext.model.router_jitter import add_router_jitter
 from ctxext.model.savings import apply_savings, savings_of
 from ctxext.recipe.effects import Difference
 from ctxext.recipe.schema import Recipe
@@ -43,7 +44,7 @@ from ctxext.train.checkpoint import (
 from ctxext.train.inexact import is_fixed, other_run
 from ctxext.train.kernels import proven_kernels
 from ctxext.train.metrics import EVALUATION, MetricsFile, StepMetrics
-from ctxext.train.monitors import Monitor, StepEvent
+from ctxext.train.monitors import Monitor, StepEvent, WatchesModel
 from ctxext.train.non_finite import NonFinitePolicy
 from ctxext.train.optimizer import make_optimizer
 from ctxext.train.periodic import Chosen, PeriodicEvaluation
@@ -152,6 +153,11 @@ class Trainer:
         # Wrappers and casts of prepare() have rounded frequencies before: look again.
         self._verification = verify_positions(accelerator.unwrap_model(self._model), config)
         self._kernels = proven_kernels(accelerator, self._model, self._optimizer, recipe, config)
+        if settings.router_jitter:
+            add_router_jitter(self._adapted, settings.router_jitter)
+        for monitor in monitors:
+            if isinstance(monitor, WatchesModel):
+                monitor.watch(self._adapted)
 
     @property
     def model(self) -> nn.Module:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
@@ -50,3 +50,11 @@ class Monitor(Protocol):
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint's state."""
+
+
+@runtime_checkable
+class WatchesModel(Protocol):
+    """A monitor that records inside the model."""
+
+    def watch(self, model: nn.Module) -> None:
+        """Once, before the first step: the model that is trained, unwrapped."""

@@ -12,6 +12,7 @@ from ctxext.recipe.schema import Recipe
 from ctxext.rope.families import text_config
 from ctxext.train.attention_entropy import AttentionMonitor
 from ctxext.train.monitors import Monitor
+from ctxext.train.router_load import RouterLoadMonitor
 from ctxext.train.spikes import SpikeMonitor
 from ctxext.train.throughput import ThroughputMonitor
 from ctxext.train.token_counts import TokenCounts
@@ -36,6 +37,8 @@ def make_monitors(
     every = max(train.steps // 10, 1) if every is None else every
     if every and not reasons_against_attention(recipe):
         monitors.append(AttentionMonitor(every, train.steps, original_length, recipe.target_length))
+    if not recipe.train.compile:  # it counts inside the layers; in models without routers, nothing
+        monitors.append(RouterLoadMonitor(max(train.steps // 10, 1), train.steps))
     return monitors
 
 
