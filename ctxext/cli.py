@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ctxext.errors import CtxextError, UsageError, exit_code_of
+from ctxext.errors import CtxextError, InterruptedRunError, UsageError, exit_code_of
 
 if TYPE_CHECKING:
     from ctxext.pipeline.console import ConsoleReporter
     from ctxext.recipe.schema import Recipe
+
+# Set by launchers that do not tell PyTorch what they started.
+_LAUNCHERS = {"SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"}
 
 app = typer.Typer(
     name="ctxext",
@@ -76,23 +79,41 @@ AllowInexact = Annotated[
     ),
 ]
 
+TrainProcesses = Annotated[
+    int | None,
+    typer.Option(
+        "--num-processes",
+        min=1,
+        help="Processes on this machine; every visible GPU by default, 1 for a single one.",
+        show_default=False,
+    ),
+]
+_SEVERAL_MACHINES = (
+    "Several machines: the same command under a launcher on each, e.g. torchrun --nnodes 2 --nproc-per-node 8 "
+    "--rdzv-backend c10d --rdzv-endpoint HOST:29500 -m ctxext.cli extend RECIPE; accelerate launch --multi_gpu "
+    "--num_machines 2 --num_processes 16 --machine_rank N --main_process_ip HOST --main_process_port 29500 "
+    "-m ctxext.cli extend RECIPE; or srun ctxext extend RECIPE with MASTER_ADDR and MASTER_PORT set."
+)
 
-@app.command()
+
+@app.command(epilog=_SEVERAL_MACHINES)
 def extend(
     what: What,
     overrides: Overrides = None,
     target_length: TargetLength = None,
     method: Method = None,
+    processes: TrainProcesses = None,
     allow_inexact: AllowInexact = False,
 ) -> None:
     """The whole job: plan, evaluate, train, merge, verify, evaluate again, report.
 
-    Run the same command again to go on after an interruption.
+    Uses every visible GPU. Run the same command again to go on after an interruption.
     """
     from ctxext.pipeline.stages import run_recipe
     from ctxext.pipeline.summary import print_summary
 
     recipe, reporter = _recipe(what, overrides, target_length, method), _reporter()
+    _in_processes(recipe, reporter, processes)
     print_summary(reporter.console, run_recipe(recipe, reporter, allow_inexact=allow_inexact))
 
 
@@ -104,12 +125,13 @@ def plan(what: What, overrides: Overrides = None, target_length: TargetLength = 
     print_plan(_reporter(), _recipe(what, overrides, target_length, method))
 
 
-@app.command()
+@app.command(epilog=_SEVERAL_MACHINES)
 def train(
     what: What,
     overrides: Overrides = None,
     target_length: TargetLength = None,
     method: Method = None,
+    processes: TrainProcesses = None,
     allow_inexact: AllowInexact = False,
 ) -> None:
     """Train only; `ctxext extend` goes on from there."""
@@ -117,6 +139,7 @@ def train(
     from ctxext.pipeline.stages import run_recipe
 
     recipe, reporter = _recipe(what, overrides, target_length, method), _reporter()
+    _in_processes(recipe, reporter, processes)
     run = run_recipe(recipe, reporter, last_stage="train", allow_inexact=allow_inexact)
     reporter.info(f"what was trained, with its extended config: {RunFolder(run).trained}")
 
@@ -774,6 +797,18 @@ def _words(words: list[str] | None) -> tuple[list[str], list[str]]:
     return [w for w in words or [] if "=" not in w], [w for w in words or [] if "=" in w]
 
 
+def _in_processes(recipe: Recipe, reporter: ConsoleReporter, asked: int | None) -> None:
+    """Start several processes that do the same, when there are several devices, and end with their exit code."""
+    from ctxext.pipeline.launch import check_plans, processes_to_start, run_in_processes, with_processes
+
+    processes = processes_to_start(recipe, asked)
+    if processes == 1:
+        return
+    check_plans(with_processes(recipe, processes))  # here once, not in every process
+    reporter.info(f"starting {processes} processes (--num-processes 1 runs one)")
+    sys.exit(run_in_processes(processes, sys.argv[1:]))
+
+
 def _recipe(what: str, overrides: list[str] | None, target_length: int | None, method: str | None) -> Recipe:
     from ctxext.pipeline.recipes import is_recipe, recipe_of
 
@@ -798,9 +833,17 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
+        if _LAUNCHERS & os.environ.keys():
+            from ctxext.pipeline.launch import join_launch
+
+            join_launch(os.environ)
         app(standalone_mode=True)
     except CtxextError as error:
-        print(f"ctxext: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        if rank == "0":
+            print(f"ctxext: {error}", file=sys.stderr)
+        elif not isinstance(error, InterruptedRunError):  # which comes to all of them
+            print(f"ctxext, process {rank}: {error}", file=sys.stderr)
         sys.exit(exit_code_of(error))
     except KeyboardInterrupt:
         print("ctxext: interrupted", file=sys.stderr)

@@ -26,6 +26,7 @@ from ctxext.files import format_bytes
 from ctxext.model.adaptation import TrainedPart
 from ctxext.pipeline.run_folder import recipe_yaml
 from ctxext.planning.memory_plan import memory_rows
+from ctxext.planning.parallel_plan import ParallelPlan
 from ctxext.planning.plan import Plan
 from ctxext.recipe.schema import Recipe
 from ctxext.train.loop import TrainHooks, TrainStart
@@ -411,6 +412,7 @@ def plan_rows(plan: Plan, estimated_seconds: float, output_dir: str) -> list[tup
         *(("data", line) for line in plan.data),
         *trained_rows(plan),
         ("attention", plan.attention),
+        *((("processes", ParallelPlan(**plan.parallel).describe()),) if plan.parallel else ()),
         *(memory_rows(plan.memory) if plan.memory else ()),
         (
             "evaluation",

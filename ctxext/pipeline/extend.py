@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ from ctxext.pipeline.reporter import Reporter
 from ctxext.pipeline.run_folder import ADAPTER_NAME, WHOLE_NAME, RunFolder, environment_facts
 from ctxext.pipeline.training_data import TrainingData, prepare_training_data, streamed_json
 from ctxext.planning.cost import estimated_seconds, measured_flops_per_second
+from ctxext.planning.parallel_plan import ParallelPlan, plan_parallel
 from ctxext.planning.periodic_plan import periodic_suite
 from ctxext.planning.plan import Plan, make_plan
 from ctxext.recipe.data import STREAMED
@@ -65,7 +66,9 @@ from ctxext.train.inexact import record as record_inexact
 from ctxext.train.inexact import records as inexact_records
 from ctxext.train.loop import Trainer, make_accelerator
 from ctxext.train.periodic import CHECKPOINT, PeriodicEvaluation
+from ctxext.train.sharding import empty_model
 from ctxext.train.signals import StopRequest
+from ctxext.train.step import SummedLoss
 from ctxext.train.trackers import start_trackers, stop_trackers
 from ctxext.train.watch import make_monitors, reasons_against_attention
 
@@ -101,6 +104,7 @@ class _Job:
     device: torch.device
     dtype: torch.dtype
     accelerator: Accelerator
+    parallel: ParallelPlan
     training_data: TrainingData | None = None
     origin: Origin | None = None
     allow_inexact: bool = False
@@ -130,6 +134,16 @@ def estimated_run_seconds(recipe: Recipe, plan: Plan) -> float:
     return estimated_seconds(plan.evaluation_flops + trainings * plan.train_flops, speed)
 
 
+def planned(recipe: Recipe) -> tuple[Plan, ParallelPlan]:
+    """The plan, and what it says about processes.
+
+    Raises:
+        CtxextError: see `make_plan` and `plan_parallel`.
+    """
+    plan, parallel = make_plan(recipe), plan_parallel(recipe, SummedLoss)
+    return replace(plan, parallel=parallel.to_json()), parallel
+
+
 def extend(
     recipe: Recipe,
     reporter: Reporter,
@@ -151,7 +165,7 @@ def extend(
         CtxextError: with the exit code of its kind; `status.json` repeats code and reason.
     """
     hours, started = recipe.train.max_hours, time.monotonic() if started is None else started
-    plan = make_plan(recipe)
+    plan, parallel = planned(recipe)
     run = RunFolder(output_folder(recipe))
     device = choose_device()
     dtype = choose_dtype(recipe.model.dtype, device)
@@ -179,6 +193,7 @@ def extend(
                 accelerator.device,
                 dtype,
                 accelerator,
+                parallel,
                 origin=origin,
                 allow_inexact=allow_inexact,
             )
@@ -252,6 +267,17 @@ def _load_trained(job: _Job, folder: Path, method: RopeMethod) -> Any:
     trained = load_trained(folder, job.source, config, dtype=job.dtype, device=job.device)
     job.reporter.info(verify_positions(causal_lm(trained), config).summary())
     return trained
+
+
+def _load_for_training(job: _Job, config: PreTrainedConfig, attention: str) -> PreTrainedModel:
+    """Where weights are shared, one process reads them into host memory and the others wait for their part."""
+    if not job.parallel.sharded:
+        return _load(job, config, attention)
+    if not job.is_main:
+        return empty_model(config, job.dtype, attention)
+    model = load_model(job.source, config, dtype=job.dtype, device=torch.device("cpu"), attention=attention)
+    job.reporter.info(verify_positions(model, config).summary())
+    return model
 
 
 def _evaluate(job: _Job, model: PreTrainedModel, arm: str, title: str) -> None:
@@ -380,15 +406,18 @@ def _train(job: _Job, method: RopeMethod, folder: Path, adapter: Path, title: st
         "attention-in-use": attention.implementation,
     }
     state = TrainState(0, job.plan.decides | in_use, data_sha256, job.accelerator.num_processes)
-    model, periodic = _load(job, config, attention.implementation), _periodic(job, method, folder)
+    model, periodic = _load_for_training(job, config, attention.implementation), _periodic(job, method, folder)
     noted = _noted(job, method)
-    trainer = Trainer(job.accelerator, model, config, windows, job.recipe, folder, state, monitors, periodic, noted)
+    trainer = Trainer(
+        job.accelerator, model, config, windows, job.recipe, folder, state, job.parallel, monitors, periodic, noted
+    )
     with job.reporter.training(title, job.recipe.train.steps) as hooks:
         trainer.run(hooks, job.stop)
     stop_trackers(job.accelerator)
-    if job.is_main:
-        chosen = {} if trainer.chosen is None else {CHECKPOINT: asdict(trainer.chosen)}
-        save_trained(adapter, trainer.model, job.tokenizer, _provenance(job, method) | chosen)
+    chosen = {} if trainer.chosen is None else {CHECKPOINT: asdict(trainer.chosen)}
+    with trainer.whole_model() as trained:
+        if job.is_main:
+            save_trained(adapter, trained, job.tokenizer, _provenance(job, method) | chosen)
     job.accelerator.wait_for_everyone()
     job.accelerator.free_memory()  # it would keep the trained model beside those of later stages
 

@@ -16,13 +16,13 @@ from ctxext.files import format_bytes
 from ctxext.model.peaks import peak_resident_bytes
 from ctxext.pipeline.console import ConsoleReporter, duration
 from ctxext.pipeline.evaluate import gather_evaluation, report_evaluation
-from ctxext.pipeline.extend import estimated_run_seconds, output_folder
+from ctxext.pipeline.extend import estimated_run_seconds, output_folder, planned
+from ctxext.pipeline.launch import visible_recipe
 from ctxext.pipeline.report import gather, record_baseline, report_baseline, report_run
 from ctxext.pipeline.run_folder import FACTS_NAME, RunFolder
 from ctxext.pipeline.stages import stages_of
 from ctxext.pipeline.stored_runs import derive_results
 from ctxext.planning.memory_plan import plan_memory
-from ctxext.planning.plan import make_plan
 from ctxext.recipe.schema import Recipe
 from ctxext.train.step import SummedLoss
 
@@ -51,10 +51,11 @@ def _print_conclusions(console: Console, facts: ReportFacts, arms: Sequence[Arm]
 def print_plan(reporter: ConsoleReporter, recipe: Recipe) -> None:
     """The plan, without starting anything; of a curriculum, every stage's."""
     for stage in stages_of(recipe) if recipe.stages is not None else [None]:
-        own = recipe if stage is None else stage.plannable
+        own = visible_recipe(recipe if stage is None else stage.plannable)
         if stage is not None:
             reporter.info(stage.title)
-        plan = replace(make_plan(own), memory=plan_memory(own, SummedLoss).to_json())
+        plan, parallel = planned(own)
+        plan = replace(plan, memory=plan_memory(own, SummedLoss, parallel.sharding).to_json())
         reporter.plan(plan, estimated_run_seconds(own, plan), str(output_folder(own)))
 
 

@@ -109,6 +109,15 @@ def advice_when_out_of_memory(recipe: Recipe, objective: Objective, sharding: Sh
         return []
 
 
+def fits_one_device(recipe: Recipe, objective: Objective, sharding: Sharding) -> bool:
+    """Whether the traced step leaves room on the device; a step that cannot be traced is taken to fit."""
+    device = _device_of(recipe)
+    try:
+        return not _exceeds(_Tracer(recipe, objective, sharding, device).trace(recipe.train), device)
+    except UnsupportedModelError:
+        return True
+
+
 class _Tracer:
     """Steps of one recipe under other settings."""
 

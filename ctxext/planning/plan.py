@@ -25,6 +25,7 @@ from ctxext.model.savings import check_savings
 from ctxext.planning.cost import ModelShape, attention_width
 from ctxext.planning.data_plan import data_lines, facts_notes
 from ctxext.planning.identity import decisive_values
+from ctxext.planning.parallel_plan import check_parallel
 from ctxext.planning.periodic_plan import evaluated_steps, periodic_suite
 from ctxext.planning.training_notes import training_notes
 from ctxext.recipe.load import KeyPath
@@ -57,6 +58,7 @@ class Plan:
             advice.
         data: what training reads, in words.
         attention: which implementation trains, and why.
+        parallel: how processes share the work (`parallel_plan.ParallelPlan`); None where nobody asked.
         memory: a training step's memory, traced (`memory_plan.MemoryPlan`); None where nobody asked.
     """
 
@@ -97,6 +99,7 @@ class Plan:
     data: list[str]
     attention: str
     memory: dict[str, Any] | None = None
+    parallel: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """For `plan.json`."""
@@ -133,6 +136,7 @@ def make_plan(recipe: Recipe) -> Plan:
     checkpointing = recipe.train.uses_activation_checkpointing(window_tokens)
     elsewhere = recipe.train.memory.device_gib is not None  # planned for another machine than this one
     device_type = "cuda" if elsewhere else choose_device().type
+    check_parallel(recipe)
     check_savings(recipe.train, window_tokens, device_type)
     check_bitsandbytes(recipe, device_type)
     attention = planned_attention(recipe, extended)

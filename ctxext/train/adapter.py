@@ -29,6 +29,7 @@ from ctxext.model.load import ModelSource, load_config, load_model, quiet, resol
 from ctxext.model.parts import is_adapter_name, is_tied, own_parameters
 from ctxext.model.whole import compute_dtype, whole_parameters
 from ctxext.rope.verify import verify_positions
+from ctxext.train.sharding import share_like
 
 PROVENANCE_NAME = "ctxext.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -79,10 +80,11 @@ def set_adapter_tensors(model: Any, tensors: dict[str, Tensor], where: str) -> N
     prefix = PEFT_PREFIX if isinstance(model, PeftModel) else ""
     with torch.no_grad():
         for name, parameter in whole_parameters(model).items():
-            parameter.copy_(tensors[prefix + name])
+            parameter.copy_(share_like(tensors[prefix + name], parameter))
     if isinstance(model, PeftModel):
+        adapter = {name: share_like(x, expected[name]) for name, x in tensors.items() if is_adapter_name(name)}
         with quiet():
-            set_peft_model_state_dict(model, {name: value for name, value in tensors.items() if is_adapter_name(name)})
+            set_peft_model_state_dict(model, adapter)
 
 
 def save_trained(folder: Path, model: Any, tokenizer: PreTrainedTokenizerBase, provenance: dict[str, Any]) -> None:

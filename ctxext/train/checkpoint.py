@@ -26,6 +26,7 @@ from ctxext.files import (
 )
 from ctxext.recipe.effects import Difference, differences
 from ctxext.train.adapter import read_tensors, tensor_write_errors, write_tensors
+from ctxext.train.sharding import share_like, whole
 
 _NAME = re.compile(r"step-(\d{6,})")
 # Where bitsandbytes' optimizers put tensors that FSDP1 must not gather.
@@ -165,7 +166,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Optimizer state as flat tensors named `index.key` (safetensors holds no Python objects, which is the point).
 
-    Python integers, bitsandbytes' count of steps, become scalars of int64, which no optimizer of torch has.
+    Python integers, bitsandbytes' count of steps, become scalars of int64, which no optimizer of torch has. Shared
+    state is put together: all processes call this, and a checkpoint looks the same however many there were.
     """
     state: dict[int, dict[str, Any]] = optimizer.state_dict()["state"]
     return {
@@ -178,14 +180,16 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 def _own(value: Tensor) -> Tensor:
     # A copy: parameters share bitsandbytes' quantisation maps, and safetensors refuses what shares memory.
-    return value.detach().cpu().contiguous().clone()
+    return whole(value).clone()
 
 
 def set_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """The way back; hyperparameters stay those of `optimizer`."""
     stored: dict[int, dict[str, Tensor | int]] = {}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for name, tensor in tensors.items():
         index, key = name.split(".", 1)
         is_integer = tensor.dtype == torch.int64 and tensor.ndim == 0
-        stored.setdefault(int(index), {})[key] = int(tensor.item()) if is_integer else tensor
+        value = int(tensor.item()) if is_integer else share_like(tensor, parameters[int(index)])
+        stored.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": stored, "param_groups": optimizer.state_dict()["param_groups"]})

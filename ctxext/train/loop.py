@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -12,13 +13,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration
 from torch import nn
 from transformers import PreTrainedConfig
 
-from ctxext.data.order import Cursor, Share
+from ctxext.data.order import Cursor
 from ctxext.data.windows import TrainingWindows
-from ctxext.errors import ArtefactError, ResourceError, UsageError
+from ctxext.errors import ArtefactError, ResourceError
 from ctxext.evaluation.sharding import require_all_processes, this_launch
 from ctxext.model.adaptation import TrainedPart, adapt, trained_parts
 from ctxext.model.host_memory import freed_memory_kept
@@ -27,6 +28,7 @@ from ctxext.model.loss_proof import prove_loss
 from ctxext.model.parts import causal_lm
 from ctxext.model.router_jitter import add_router_jitter
 from ctxext.model.savings import apply_savings, savings_of
+from ctxext.planning.parallel_plan import ParallelPlan
 from ctxext.recipe.effects import Difference
 from ctxext.recipe.schema import Recipe
 from ctxext.rope.verify import RopeVerification, verify_positions
@@ -47,9 +49,11 @@ from ctxext.train.metrics import EVALUATION, MetricsFile, StepMetrics
 from ctxext.train.monitors import Monitor, StepEvent, WatchesModel
 from ctxext.train.non_finite import NonFinitePolicy
 from ctxext.train.optimizer import make_optimizer
+from ctxext.train.parallel import Together, ddp_arguments
 from ctxext.train.periodic import Chosen, PeriodicEvaluation
 from ctxext.train.random_state import nothing_drawn, random_states, seed_process, set_random_state
 from ctxext.train.schedule import learning_rate_at
+from ctxext.train.sequence import share_windows
 from ctxext.train.signals import StopRequest
 from ctxext.train.step import SummedLoss, run_step
 from ctxext.train.trackers import require_trackers
@@ -89,7 +93,10 @@ def make_accelerator(dtype: torch.dtype, device: torch.device, trackers: list[st
         cpu=device.type == "cpu",
         mixed_precision="bf16" if dtype == torch.bfloat16 else "no",
         # While one process evaluates, the others wait for the next stage; the default of ten minutes would kill them.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timedelta(days=1)),
+            DistributedDataParallelKwargs(**ddp_arguments()),
+        ],
         project_config=ProjectConfiguration(project_dir=str(folder)),
     )
     asked = int(os.environ.get("WORLD_SIZE", "1"))
@@ -108,7 +115,9 @@ class Trainer:
     """Trains an extended model as a recipe says.
 
     Args:
-        model: the base, loaded with `config`.
+        model: the base, loaded with `config`; where weights are shared, on the CPU in the main process and without
+            weights in the others.
+        parallel: how the processes share the work.
         config: the extended config that must be in effect.
         folder: of this arm; gets `metrics.jsonl` and `checkpoints/`.
         state: plan, data and processes of this run; its step is ignored.
@@ -126,6 +135,7 @@ class Trainer:
         recipe: Recipe,
         folder: Path,
         state: TrainState,
+        parallel: ParallelPlan,
         monitors: Sequence[Monitor] = (),
         periodic: PeriodicEvaluation | None = None,
         on_inexact: Callable[[int, Sequence[Difference]], None] | None = None,
@@ -142,27 +152,33 @@ class Trainer:
         self._identity = state
         self._on_inexact = on_inexact
         self._non_finite = NonFinitePolicy(settings.non_finite)
-        self._check_batch()
-        verify_positions(model, config)
+        self._together = Together(accelerator, parallel)
+        if not parallel.sharded:
+            verify_positions(model, config)
         prove_loss(model)
         self._adapted = adapt(model, recipe.adaptation, recipe.lora, settings.seed)
         self._adapted.train()
+        self._loss = SummedLoss(self._adapted, settings.router_loss)
+        self._together.shard(self._loss, causal_lm(self._adapted).get_decoder())
         apply_savings(self._adapted, savings_of(settings, windows.length))
         optimizer = make_optimizer(self._adapted, settings)
-        self._model, self._optimizer = accelerator.prepare(SummedLoss(self._adapted, settings.router_loss), optimizer)
+        self._model, self._optimizer = self._together.prepare(self._loss, optimizer)
         # Wrappers and casts of prepare() have rounded frequencies before: look again.
         self._verification = verify_positions(accelerator.unwrap_model(self._model), config)
         self._kernels = proven_kernels(accelerator, self._model, self._optimizer, recipe, config)
+        if parallel.sequence > 1:
+            share_windows(self._loss, causal_lm(self._adapted), parallel, accelerator.device)
         if settings.router_jitter:
             add_router_jitter(self._adapted, settings.router_jitter)
         for monitor in monitors:
             if isinstance(monitor, WatchesModel):
                 monitor.watch(self._adapted)
 
-    @property
-    def model(self) -> nn.Module:
-        """The trained model, with its adapter if it has one."""
-        return self._adapted
+    @contextmanager
+    def whole_model(self) -> Iterator[nn.Module]:
+        """The trained model, with its adapter if it has one, to be saved; all processes enter and leave together."""
+        with self._together.whole(self._loss):
+            yield self._adapted
 
     def run(self, hooks: TrainHooks, stop: StopRequest) -> None:
         """Train from the newest checkpoint (or from the start) to the last step.
@@ -190,13 +206,14 @@ class Trainer:
         every = self._settings.checkpoint_every or max(self._settings.steps // 10, 1)
         done = first
         while not self._evaluated_enough(done, hooks, stop) and done < self._settings.steps:
-            event = self._one_step(done, hooks)
-            self._tell(event, hooks)
-            done += 1
-            stopping = stop.agree(this_launch())
-            due = self._periodic is not None and self._periodic.due(done)
-            if done % every == 0 or done == self._settings.steps or stopping or due:
-                self._save(done)
+            with self._together.while_all_live():
+                event = self._one_step(done, hooks)
+                self._tell(event, hooks)
+                done += 1
+                stopping = stop.agree(this_launch())
+                due = self._periodic is not None and self._periodic.due(done)
+                if done % every == 0 or done == self._settings.steps or stopping or due:
+                    self._save(done)
             if stopping and done < self._settings.steps:
                 stop.check(f"step {done} of {self._settings.steps} is saved")
         self._take_best(done, hooks)
@@ -257,8 +274,7 @@ class Trainer:
             group["lr"] = rate
         started = time.perf_counter()
         cursor = Cursor(settings.seed, step * settings.windows_per_step)
-        share = Share(self._accelerator.process_index, self._accelerator.num_processes)
-        windows = self._windows.step_windows(cursor, settings.windows_per_step, share)
+        windows = self._windows.step_windows(cursor, settings.windows_per_step, self._together.share)
         for monitor in self._monitors:
             monitor.before_step(step + 1, windows)
         try:
@@ -269,6 +285,7 @@ class Trainer:
                 windows,
                 settings.windows_per_device,
                 settings.max_grad_norm,
+                self._together.plan.sequence,
             )
         except torch.OutOfMemoryError as error:
             raise ResourceError(
@@ -295,16 +312,6 @@ class Trainer:
             skipped=result.skipped,
         )
         return StepEvent(metrics, windows, self._adapted)
-
-    def _check_batch(self) -> None:
-        unit = self._accelerator.num_processes * self._settings.windows_per_device
-        if self._settings.windows_per_step % unit:
-            raise UsageError(
-                "train.windows_per_step must be a multiple of processes x windows_per_device",
-                where="train.windows_per_step",
-                got=self._settings.windows_per_step,
-                expected=f"a multiple of {unit}",
-            )
 
     def _resume(self) -> tuple[int, list[str]]:
         checkpoint, messages = newest_checkpoint(self._folder / "checkpoints")
@@ -353,12 +360,15 @@ class Trainer:
 
     def _save(self, step: int) -> None:
         states = random_states(self._accelerator)
+        moments = optimizer_tensors(self._optimizer.optimizer)
+        with self.whole_model() as model:
+            adapter = adapter_tensors(model)
         if self._accelerator.is_main_process:
             save_checkpoint(
                 self._folder / "checkpoints",
                 replace(self._identity, step=step, skipped_in_a_row=self._non_finite.in_a_row),
-                adapter_tensors(self._adapted),
-                optimizer_tensors(self._optimizer.optimizer),
+                adapter,
+                moments,
                 states,
                 self._settings.keep_checkpoints,
                 self._windows.stream_state(),

@@ -6,6 +6,7 @@ Accumulation and processes therefore cannot change the gradient: 1 x 4, 4 x 1 an
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ctxext.data.packing import PackedWindow
 from ctxext.model.documents import cumulative_arguments, documents_of
@@ -20,6 +22,8 @@ from ctxext.model.loss import IGNORE_INDEX, DecoderHead
 from ctxext.model.parts import causal_lm
 from ctxext.model.routers import auxiliary_coefficient, forward_with_auxiliary_loss
 from ctxext.rope.families import text_config
+
+Split = Callable[..., tuple[Tensor, ...]]
 
 
 class SummedLoss(nn.Module):
@@ -35,6 +39,8 @@ class SummedLoss(nn.Module):
 
     Attributes:
         parts: of the last forward pass, without gradients: [2] sum of token losses, auxiliary loss times targets.
+        split: gives this process's part of [B, S] tensors, after targets were shifted; None where windows stay whole.
+            The loss is then the sum over this process's tokens.
     """
 
     def __init__(self, model: Any, router_loss: float | None = None) -> None:
@@ -43,6 +49,7 @@ class SummedLoss(nn.Module):
         own = auxiliary_coefficient(causal_lm(model))
         self._coefficient = 0.0 if own is None else own if router_loss is None else router_loss
         self.parts: Tensor | None = None
+        self.split: Split | None = None
 
     @property
     def has_auxiliary_loss(self) -> bool:
@@ -62,6 +69,12 @@ class SummedLoss(nn.Module):
         """
         base = causal_lm(self.model)
         parts = DecoderHead(base)
+        targets = torch.full_like(input_ids, IGNORE_INDEX)
+        targets[:, :-1] = input_ids[:, 1:]
+        if learned is not None:
+            targets[:, :-1].masked_fill_(~learned[:, 1:], IGNORE_INDEX)
+        if self.split is not None:
+            input_ids, position_ids, targets = self.split(input_ids, position_ids, targets)
         # An explicit all-ones mask: without one transformers takes a jump in the positions for a document boundary and
         # hides everything before it. With it, SDPA still gets no mask at all and runs its causal flash kernel. Isolated
         # documents are what that boundary is for; `ctxext_documents` makes lengths of it instead of a mask.
@@ -75,10 +88,6 @@ class SummedLoss(nn.Module):
             hidden, auxiliary = forward_with_auxiliary_loss(base, parts.decoder, input_ids=input_ids, **arguments)
         else:
             hidden = parts.hidden_states(input_ids, **arguments)
-        targets = torch.full_like(input_ids, IGNORE_INDEX)
-        targets[:, :-1] = input_ids[:, 1:]
-        if learned is not None:
-            targets[:, :-1].masked_fill_(~learned[:, 1:], IGNORE_INDEX)
         loss = parts.summed_loss(hidden.flatten(0, 1), targets.flatten())
         if auxiliary is None:
             self.parts = torch.stack([loss.detach(), torch.zeros_like(loss)])
@@ -113,14 +122,18 @@ def run_step(
     windows: list[PackedWindow],
     windows_per_device: int,
     max_grad_norm: float,
+    sequence: int = 1,
 ) -> StepResult:
     """Forward, backward, clip and update with this process's share of the step's windows.
 
     The host waits for the device once, after the backward pass. A loss or gradient that is not finite on any process
     updates nothing on all of them; `StepResult.skipped` then says what it was.
+
+    Args:
+        sequence: how many processes share each window.
     """
     device = accelerator.device
-    targets, scale = _targets_and_scale(accelerator, sum(window.num_targets for window in windows))
+    targets, scale = _targets_and_scale(accelerator, sum(window.num_targets for window in windows), sequence)
     summed = torch.zeros(2, dtype=torch.float32, device=device)
     objective: Any = accelerator.unwrap_model(model)
     batches = [windows[i : i + windows_per_device] for i in range(0, len(windows), windows_per_device)]
@@ -132,7 +145,8 @@ def run_step(
             accelerator.backward(loss * scale)
         summed += objective.parts
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    norm = torch.as_tensor(accelerator.clip_grad_norm_(parameters, max_grad_norm)).to(device, torch.float32)
+    norm = torch.as_tensor(accelerator.clip_grad_norm_(parameters, max_grad_norm))
+    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).to(device, torch.float32)
     # The norm is the same on all processes, but were it not, some would update and some would not: the flag is summed.
     sums = accelerator.reduce(torch.cat([summed, (~norm.isfinite()).float()[None]]), "sum")
     counted = [targets[None]] if isinstance(targets, Tensor) else []
@@ -147,7 +161,7 @@ def run_step(
     return StepResult(mean_loss, grad_norm, num_targets, skipped, auxiliary_loss)
 
 
-def _targets_and_scale(accelerator: Accelerator, own: int) -> tuple[Tensor | int, Tensor | float]:
+def _targets_and_scale(accelerator: Accelerator, own: int, sequence: int) -> tuple[Tensor | int, Tensor | float]:
     """Target tokens of all processes, at least 1, and what a sum of losses is multiplied by.
 
     Several processes count together without waiting for each other: both are tensors on the device then.
@@ -155,7 +169,7 @@ def _targets_and_scale(accelerator: Accelerator, own: int) -> tuple[Tensor | int
     if accelerator.num_processes == 1:
         return max(own, 1), 1 / max(own, 1)
     counts = torch.tensor(own, dtype=torch.float64, device=accelerator.device)
-    total = accelerator.reduce(counts, "sum").clamp(min=1)
+    total = (accelerator.reduce(counts, "sum") / sequence).round().clamp(min=1)
     return total, (accelerator.num_processes / total).float()
 
 

@@ -1,0 +1,158 @@
+"""Two real processes that share windows, weights or one window's tokens train like one process, and resume exactly."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import debug_launcher
+from safetensors.torch import load_file
+from support import Job, SilentReporter, child_environment, make_job, save_tiny_model, step_lines
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from ctxext.pipeline.extend import extend
+from ctxext.pipeline.recipes import recipe_of
+from ctxext.recipe.schema import Recipe
+
+# Two processes with two passes each, or one group with four: gradients are accumulated in every way of sharing.
+SETTINGS = (
+    "train.steps=4",
+    "train.windows_per_step=4",
+    "train.checkpoint_every=2",
+    "train.keep_checkpoints=4",
+    "train.activation_checkpointing=true",
+    "train.memory.tile_tokens=32",
+)
+RING = ("parallel.sequence=2", "parallel.sequence_engine=ring", "train.allow_slow=true")
+WAYS = {
+    "ddp": ("parallel.shard=none",),
+    "fsdp2": ("parallel.shard=fsdp2",),
+    "ulysses": ("parallel.sequence=2",),
+    "ulysses-fsdp2": ("parallel.sequence=2", "parallel.shard=fsdp2"),
+    "ring": RING,
+}
+SEQUENCE = tuple(way for way, settings in WAYS.items() if "parallel.sequence=2" in settings)
+
+
+def recipe_in(folder: Path, way: str, output: Path) -> Recipe:
+    """The ring's blocks on a CPU are for as many key heads as query heads; everything else shares key heads."""
+    model = folder / "models" / ("equal-heads" if way == "ring" else "grouped-heads")
+    settings = [*SETTINGS, f"model.source={model}", f"output_dir={output}", *WAYS.get(way, ())]
+    return recipe_of(str(folder / "recipe.yaml"), settings)
+
+
+def train_every_way(place: str, ways: list[str]) -> None:
+    """What each of the two processes runs; leaves a file that says what share of the trained weights it holds."""
+    folder = Path(place)
+    for way in ways:
+        held: dict[str, int] = {}
+        gc.collect()  # models of the ways before
+
+        def note(metrics: object, held: dict[str, int] = held) -> None:
+            held["sharded_modules"] = sum(isinstance(found, FSDPModule) for found in gc.get_objects())
+            parameters = [found for found in gc.get_objects() if isinstance(found, torch.nn.Parameter)]
+            shared = [found for found in parameters if isinstance(found, DTensor) and found.requires_grad]
+            held["whole"] = sum(found.numel() for found in shared)
+            held["mine"] = sum(found.to_local().numel() for found in shared)
+
+        extend(recipe_in(folder, way, folder / way), SilentReporter(on_step=note), last_stage="train")
+        (folder / way / f"rank-{torch.distributed.get_rank()}.json").write_text(json.dumps(held))
+        if way in ("fsdp2", "ulysses"):  # once more from the middle, as after an interruption
+            again = folder / f"{way}-resumed"
+            if torch.distributed.get_rank() == 0:
+                shutil.copytree(folder / way, again)
+                for gone in ("adapter", "checkpoints/step-000004"):
+                    shutil.rmtree(again / gone)
+            torch.distributed.barrier()
+            extend(recipe_in(folder, way, again), SilentReporter(), last_stage="train")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run of one process a model, and a run of two a way of sharing."""
+    folder = tmp_path_factory.mktemp("parallel")
+    job: Job = make_job(folder)
+    save_tiny_model(folder / "models" / "grouped-heads", num_attention_heads=4, num_key_value_heads=2)
+    save_tiny_model(folder / "models" / "equal-heads", num_attention_heads=4, num_key_value_heads=4)
+    assert job.recipe_path == folder / "recipe.yaml"
+    try:
+        import ringmaster  # noqa: F401
+
+        ways = [*WAYS]
+    except ImportError:
+        ways = [way for way in WAYS if way not in SEQUENCE]
+    # A fresh interpreter forks the two: this one may hold threads, which do not survive a fork.
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    finished = subprocess.run(
+        [sys.executable, __file__, str(folder), *ways],
+        env=child_environment(PYTHONPATH=path),
+        text=True,
+        capture_output=True,
+        timeout=500,
+    )
+    assert finished.returncode == 0, finished.stderr
+    extend(recipe_in(folder, "one", folder / "one"), SilentReporter(), last_stage="train")
+    if "ring" in ways:
+        one = recipe_in(folder, "ring", folder / "one-equal-heads")
+        alone = one.model_copy(update={"parallel": type(one.parallel)()})
+        extend(alone, SilentReporter(), last_stage="train")
+    return folder
+
+
+def run_of(runs: Path, way: str) -> Path:
+    if not (runs / way).is_dir():
+        pytest.skip("axolotl-ringmaster is not installed")
+    return runs / way
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_two_processes_give_the_losses_weights_and_moments_of_one(runs: Path, way: str) -> None:
+    run, one = run_of(runs, way), runs / ("one-equal-heads" if way == "ring" else "one")
+    mine, theirs = (step_lines(folder) for folder in (run, one))
+    assert [line["step"] for line in mine] == [1, 2, 3, 4]
+    for line, expected in zip(mine, theirs, strict=True):
+        assert line["loss"] == pytest.approx(expected["loss"], abs=1e-5)
+        assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+        assert line["num_tokens"] == expected["num_tokens"]
+    for name in ("adapter/adapter_model", "checkpoints/step-000004/optimizer", "checkpoints/step-000004/adapter"):
+        found, wanted = (load_file(folder / f"{name}.safetensors") for folder in (run, one))
+        assert found.keys() == wanted.keys()
+        assert len(wanted) >= 28
+        for key, tensor in wanted.items():
+            assert found[key].dtype == tensor.dtype
+            assert float((found[key] - tensor).abs().max()) < 1e-5, (name, key)
+
+
+@pytest.mark.parametrize("way", ["fsdp2", "ulysses-fsdp2"])
+def test_with_shared_weights_a_process_holds_half_of_what_trains(runs: Path, way: str) -> None:
+    held = [json.loads((run_of(runs, way) / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+    for facts in held:
+        assert facts["sharded_modules"] == 3  # two layers, and everything else
+        assert facts["mine"] * 2 == facts["whole"] > 0
+    unshared = json.loads((runs / "ddp" / "rank-0.json").read_text())
+    assert unshared == {"sharded_modules": 0, "whole": 0, "mine": 0}
+
+
+@pytest.mark.parametrize("way", ["fsdp2", "ulysses"])
+def test_a_resumed_run_ends_with_the_same_bits(runs: Path, way: str) -> None:
+    run, again = run_of(runs, way), runs / f"{way}-resumed"
+    kept = ("loss", "grad_norm", "num_tokens")
+    through, resumed = ([{key: line[key] for key in kept} for line in step_lines(folder)] for folder in (run, again))
+    assert resumed == through
+    for name in ("adapter/adapter_model", "checkpoints/step-000004/optimizer"):
+        expected, found = (load_file(folder / f"{name}.safetensors") for folder in (run, again))
+        for key, tensor in expected.items():
+            assert torch.equal(found[key], tensor), (name, key)
+
+
+if __name__ == "__main__":
+    gc.freeze()  # a collection in the forked processes would copy every page of the libraries
+    debug_launcher(train_every_way, args=(sys.argv[1], sys.argv[2:]), num_processes=2)
