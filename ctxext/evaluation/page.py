@@ -29,6 +29,7 @@ from ctxext.evaluation.statement import Statement
 from ctxext.evaluation.statistics import MeanScore
 from ctxext.evaluation.store import SampleResult, score_of
 from ctxext.evaluation.tables import cells_of
+from ctxext.evaluation.training_view import TrainingView
 
 ANSWER_CHARACTERS = 300
 EXCERPT_CHARACTERS = 900
@@ -239,6 +240,8 @@ def render_page(
     perplexity: Sequence[tuple[str, Mapping[str, Any]]],
     files: Sequence[FileLink],
     curves: Sequence[Curve],
+    training: TrainingView | None,
+    training_curves: Sequence[Curve],
     made: Sequence[tuple[str, list[tuple[str, str]]]],
 ) -> str:
     """The whole page as text."""
@@ -271,6 +274,8 @@ def render_page(
         perplexity=perplexity,
         files=files,
         curves=curves,
+        training=training,
+        training_curves=training_curves,
         made=made,
         recorded_mark=RECORDED_MARK,
         scale=[to_hex(colormaps[COLOR_MAP](step / 10)) for step in range(11)],

@@ -48,6 +48,7 @@ from ctxext.evaluation.statistics import MeanScore, Proportion
 from ctxext.evaluation.store import SampleResult, score_of
 from ctxext.evaluation.suite import stored_suite
 from ctxext.evaluation.tables import cells_table
+from ctxext.evaluation.training_view import TrainingRecord, TrainingView, training_view
 from ctxext.files import canonical_json, write_bytes_atomic, write_json_atomic, write_text_atomic
 
 _INTERVALS = "Intervals are Wilson 95% intervals."
@@ -59,6 +60,9 @@ _CURVE_TITLES = {
     "loss_by_position": "Mean next-token loss over the position, on prompts common to the arms drawn together",
     "perplexity_by_position": "Perplexity of plain text over the position",
     "accuracy_by_length": "Mean score by context length, all depths together",
+    "training_curves": "Loss, gradient norm and learning rate over the steps of training",
+    "attention_entropy": "Attention entropy by layer and head, first and last look, on queries of training windows",
+    "long_range_share": "Share of the attention that goes farther than the original length, by layer",
     "accuracy_by_depth": "Mean score by depth of the needle, beyond the original length where it was measured",
 }
 _FILE_TITLES = {"heatmaps": "all arms", "heatmaps_by_position": "all arms by token position"}
@@ -112,6 +116,7 @@ def write_report(
     excerpts: Mapping[str, str] | None = None,
     perplexity: Mapping[str, Mapping[str, Any]] | None = None,
     over: Over = "depth",
+    training: TrainingRecord | None = None,
 ) -> Path:
     """Write the page, pictures, CSV and JSON into `folder` and return the page's path.
 
@@ -120,6 +125,7 @@ def write_report(
         excerpts: text around the needle by sample id or prompt hash, for the `shown_samples`.
         perplexity: stored perplexity (`perplexity.json`) by name of the live arm.
         over: what the rows of the pictures on disk are, `depth` or `position`; the page shows both.
+        training: how the extended arm was trained, by the lines that it wrote.
 
     Raises:
         ValueError: no arms, or the same arm twice.
@@ -127,7 +133,8 @@ def write_report(
     """
     statements = conclusions(facts, arms)
     texts = {name: result for name, result in (perplexity or {}).items() if result.get("blocks")}
-    pictures = _pictures(facts, arms, texts, over)
+    trained = None if training is None else training_view(training)
+    pictures = _pictures(facts, arms, texts, over) | ({} if trained is None else trained.pictures)
     _remove_stale(folder, pictures)
     for name, picture in pictures.items():
         write_bytes_atomic(folder / f"{name}.png", picture.png)
@@ -135,7 +142,7 @@ def write_report(
     write_text_atomic(folder / "cells.csv", cells_csv(arms, coverage(facts, arms)))
     write_json_atomic(folder / "summary.json", summary(facts, arms, statements, perplexity=perplexity))
     page = folder / "index.html"
-    write_text_atomic(page, _page(facts, arms, statements, pictures, excerpts or {}, texts))
+    write_text_atomic(page, _page(facts, arms, statements, pictures, excerpts or {}, texts, trained))
     return page
 
 
@@ -334,7 +341,12 @@ def _task_scores(arm: Arm) -> dict[str, dict[str, Any]]:
 
 def _remove_stale(folder: Path, pictures: Mapping[str, Picture]) -> None:
     """Pictures of an earlier report, which may have had other arms or tasks."""
-    for stale in [*folder.glob("heatmap*"), *folder.glob("*_by_*")]:
+    for stale in [
+        *folder.glob("heatmap*"),
+        *folder.glob("*_by_*"),
+        *folder.glob("attention_*"),
+        *folder.glob("long_*"),
+    ]:
         if stale.suffix in (".png", ".svg") and stale.stem not in pictures:
             stale.unlink()
     wanted = {name.split("/")[1] for name in pictures if "/" in name}
@@ -418,6 +430,7 @@ def _page(
     pictures: Mapping[str, Picture],
     excerpts: Mapping[str, str],
     perplexity: Mapping[str, Mapping[str, Any]],
+    trained: TrainingView | None,
 ) -> str:
     original, tasks = facts.original_length, tasks_of(arms)
     measured = [without_controls(arm) for arm in arms]
@@ -444,6 +457,8 @@ def _page(
         perplexity=[(arm.name, perplexity[arm.name]) for arm in origins[False] if arm.name in perplexity],
         files=[FileLink("heatmaps", "all arms in one picture"), *(FileLink(picture_name(a), a.name) for a in arms)],
         curves=[_curve(name, "", pictures) for name in top if name in pictures],
+        training=trained,
+        training_curves=[_curve(name, "", pictures) for name in (trained.pictures if trained is not None else ())],
         made=_how_it_was_made(facts),
     )
 

@@ -18,6 +18,7 @@ from ctxext.evaluation.perplexity import load_perplexity
 from ctxext.evaluation.report import ReportFacts, write_report
 from ctxext.evaluation.store import load_samples
 from ctxext.evaluation.suite import stored_suite
+from ctxext.evaluation.training_view import TrainingRecord
 from ctxext.files import directory_atomic, read_json, write_json_atomic
 from ctxext.model.load import short_name
 from ctxext.pipeline.baselines import baseline_folder
@@ -25,8 +26,10 @@ from ctxext.pipeline.excerpts import read_excerpts
 from ctxext.pipeline.run_folder import RunFolder
 from ctxext.pipeline.training_data import report_notes
 from ctxext.recipe.schema import Recipe
-from ctxext.train.adapter import PROVENANCE_NAME
+from ctxext.train.adapter import PROVENANCE_NAME, read_provenance
 from ctxext.train.inexact import records, sentences, trained_inexactly
+from ctxext.train.metrics import read_metrics
+from ctxext.train.periodic import CHECKPOINT
 
 _ORDER: tuple[ArmName, ...] = ("base", "untrained", "control", "extended")
 
@@ -95,8 +98,21 @@ def report_run(run: RunFolder, over: Over = "depth") -> Path:
         raise ArtefactError("nothing has been evaluated in this run yet", where=str(run.path))
     perplexity = stored_perplexity({arm.name: run.evaluation(arm.name) for arm in arms if not arm.recorded})
     return write_report(
-        run.report, facts, arms, excerpts=read_excerpts(run.path / "eval"), perplexity=perplexity, over=over
+        run.report,
+        facts,
+        arms,
+        excerpts=read_excerpts(run.path / "eval"),
+        perplexity=perplexity,
+        over=over,
+        training=training_record(run.path, run.trained),
     )
+
+
+def training_record(folder: Path, trained: Path | None) -> TrainingRecord:
+    """The lines that one arm's training wrote into `folder`, and which of its checkpoints it ended with."""
+    steps, monitors = read_metrics(folder)
+    checkpoint = None if trained is None else read_provenance(trained).get(CHECKPOINT)
+    return TrainingRecord(steps, monitors, checkpoint)
 
 
 def self_check_notes(folders: Mapping[str, Path]) -> list[str]:
