@@ -143,9 +143,17 @@ class _TrainLine:
             f"after preparation, {start.verification.summary()}",
             f"attention kernel: {', '.join(start.kernels) or 'none: plain matrix products'}",
             *start.messages,
+            *(start.probe.lines() if start.probe else ()),
+            *self._expected(start),
         ):
             self._reporter.info(message)
         self._progress.update(self._task, completed=start.resumed_step)  # type: ignore[arg-type]
+
+    @staticmethod
+    def _expected(start: TrainStart) -> Iterator[str]:
+        if start.probe is not None:
+            seconds = (start.steps - start.resumed_step) * start.probe.step_seconds
+            yield f"about {duration(seconds)} of training ahead"
 
     def step(self, metrics: StepMetrics) -> None:
         self._spent.append(metrics.seconds)

@@ -18,9 +18,11 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from ctxext.data.order import Cursor
+from ctxext.data.packing import PackedWindow
 from ctxext.data.windows import TrainingWindows
 from ctxext.errors import ArtefactError, ResourceError
 from ctxext.evaluation.sharding import require_all_processes, this_launch
+from ctxext.files import write_json_atomic
 from ctxext.model.adaptation import TrainedPart, adapt, trained_parts
 from ctxext.model.host_memory import freed_memory_kept
 from ctxext.model.lora import num_trainable
@@ -28,6 +30,7 @@ from ctxext.model.loss_proof import prove_loss
 from ctxext.model.parts import causal_lm
 from ctxext.model.router_jitter import add_router_jitter
 from ctxext.model.savings import apply_savings, savings_of
+from ctxext.model.whole import compute_dtype
 from ctxext.planning.parallel_plan import ParallelPlan
 from ctxext.recipe.effects import Difference
 from ctxext.recipe.schema import Recipe
@@ -51,12 +54,14 @@ from ctxext.train.non_finite import NonFinitePolicy
 from ctxext.train.optimizer import make_optimizer
 from ctxext.train.parallel import Together, ddp_arguments
 from ctxext.train.periodic import Chosen, PeriodicEvaluation
+from ctxext.train.probe import PROBE_NAME, Probe
 from ctxext.train.random_state import nothing_drawn, random_states, seed_process, set_random_state
 from ctxext.train.schedule import learning_rate_at
 from ctxext.train.sequence import share_windows
 from ctxext.train.signals import StopRequest
-from ctxext.train.step import SummedLoss, run_step
+from ctxext.train.step import StepResult, SummedLoss, run_step
 from ctxext.train.trackers import require_trackers
+from ctxext.train.worst_case import Prepared, try_worst_case
 
 
 @dataclass(frozen=True)
@@ -68,8 +73,10 @@ class TrainStart:
     trained: list[TrainedPart]
     verification: RopeVerification
     kernels: list[str]
+    steps: int
     resumed_step: int
     messages: list[str]
+    probe: Probe | None
 
 
 @dataclass(frozen=True)
@@ -149,6 +156,7 @@ class Trainer:
         self.chosen: Chosen | None = None
         self._folder = folder
         self._metrics = MetricsFile(folder)
+        self._recipe, self._config = recipe, config
         self._identity = state
         self._on_inexact = on_inexact
         self._non_finite = NonFinitePolicy(settings.non_finite)
@@ -192,6 +200,7 @@ class Trainer:
 
     def _run(self, hooks: TrainHooks, stop: StopRequest) -> None:
         first, messages = self._resume()
+        probe = self._probe()
         hooks.on_start(
             TrainStart(
                 num_trainable=num_trainable(self._adapted),
@@ -199,8 +208,10 @@ class Trainer:
                 trained=trained_parts(self._adapted, self._settings.moment_bytes),
                 verification=self._verification,
                 kernels=self._kernels,
+                steps=self._settings.steps,
                 resumed_step=first,
                 messages=messages,
+                probe=probe,
             )
         )
         every = self._settings.checkpoint_every or max(self._settings.steps // 10, 1)
@@ -278,15 +289,7 @@ class Trainer:
         for monitor in self._monitors:
             monitor.before_step(step + 1, windows)
         try:
-            result = run_step(
-                self._accelerator,
-                self._model,
-                self._optimizer,
-                windows,
-                settings.windows_per_device,
-                settings.max_grad_norm,
-                self._together.plan.sequence,
-            )
+            result = self._run_step(self._optimizer, windows)
         except torch.OutOfMemoryError as error:
             raise ResourceError(
                 f"out of memory in training step {step + 1}",
@@ -312,6 +315,35 @@ class Trainer:
             skipped=result.skipped,
         )
         return StepEvent(metrics, windows, self._adapted)
+
+    def _run_step(self, optimizer: Any, windows: list[PackedWindow]) -> StepResult:
+        return run_step(
+            self._accelerator,
+            self._model,
+            optimizer,
+            windows,
+            self._settings.windows_per_device,
+            self._settings.max_grad_norm,
+            self._together.plan.sequence,
+        )
+
+    def _probe(self) -> Probe | None:
+        if not self._settings.probe:
+            return None
+        prepared = Prepared(
+            accelerator=self._accelerator,
+            run=self._run_step,
+            model=self._model,
+            adapted=self._adapted,
+            optimizer=self._optimizer,
+            config=self._config,
+            dtype=compute_dtype(self._adapted),
+            parallel=self._together.plan,
+        )
+        probe = try_worst_case(prepared, self._recipe)
+        if self._accelerator.is_main_process:
+            write_json_atomic(self._folder / PROBE_NAME, probe.to_json())
+        return probe
 
     def _resume(self) -> tuple[int, list[str]]:
         checkpoint, messages = newest_checkpoint(self._folder / "checkpoints")

@@ -376,7 +376,7 @@ def test_out_of_memory_in_training_is_a_resource_error_with_advice(
     monkeypatch.setattr("ctxext.model.loss.token_losses", exhausted)
     job = make_job(tmp_path)
     with pytest.raises(CtxextError, match=r"out of memory in training step 1.*activation_checkpointing"):
-        extend(job.recipe(), SilentReporter(), last_stage="train")
+        extend(job.recipe("train.probe=false"), SilentReporter(), last_stage="train")
     assert json.loads((job.output / "status.json").read_text())["exit_code"] == 4
 
 
