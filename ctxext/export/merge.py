@@ -41,6 +41,7 @@ from ctxext.export.proof import (
     prove_by_samples,
     read_back,
 )
+from ctxext.export.quantised import TRAINED_IN_4_BITS, compare_with_quantised
 from ctxext.export.stored import (
     FLOAT_TYPES,
     INDEX_NAME,
@@ -65,6 +66,7 @@ from ctxext.model.load import (
     weights_fingerprint,
 )
 from ctxext.model.parts import causal_lm
+from ctxext.model.quantised import QUANTISATION_KEY
 from ctxext.rope.families import text_config
 from ctxext.rope.portable import exported_form, fold_edits
 from ctxext.rope.verify import verify_positions
@@ -148,14 +150,29 @@ def merge_adapter(
         base_folder = safetensors_folder(placement.source)
         if dtype != "auto":
             _require_dtype(checkpoint_tensors(base_folder), chosen_dtype)
-        return merge_streamed(placement, base_folder, destination)
+        return _beside_quantised(merge_streamed(placement, base_folder, destination), placement, device)
     except NotStreamableError as error:
         reason = error.what
     model = load_model(placement.source, placement.config, dtype=chosen_dtype, device=device)
     verify_positions(model, placement.config)
     wrapped = placement.apply(model)
     _, proof = write_merged(destination, wrapped, load_tokenizer(placement.source), placement.provenance)
-    return replace(proof, way=f"merged in memory, not streamed: {reason}", warnings=placement.warnings)
+    proof = replace(proof, way=f"merged in memory, not streamed: {reason}", warnings=placement.warnings)
+    return _beside_quantised(proof, placement, device)
+
+
+def _beside_quantised(proof: MergeProof, placement: Placement, device: torch.device) -> MergeProof:
+    """The proof with how far the merged checkpoint is from what was trained, if that was quantised."""
+    if QUANTISATION_KEY not in placement.provenance:
+        return proof
+    if not placement.is_as_trained:
+        return replace(proof, quantised="the adapter was trained against a base in 4 bits")
+    if proof.largest_logit_difference is None:
+        return replace(proof, quantised=f"{TRAINED_IN_4_BITS}; how much that changes was not measured (memory)")
+    merged = read_back(proof.folder, choose_dtype("auto", device), device)
+    return replace(
+        proof, quantised=compare_with_quantised(merged, placement.adapter, placement.source, placement.config)
+    )
 
 
 def _write_whole(

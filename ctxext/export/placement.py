@@ -69,6 +69,11 @@ class Placement:
     scale: float = 1.0
     warnings: tuple[str, ...] = ()
 
+    @property
+    def is_as_trained(self) -> bool:
+        """Whether the adapter goes, at full strength, onto the base that it was trained on."""
+        return self.scale == 1.0 and TRAINED_ON_KEY not in self.provenance
+
     def apply(self, model: PreTrainedModel) -> PeftModel:
         """Put the adapter onto the weights, loaded with `config`."""
         wrapped = load_adapter(self.adapter, model)

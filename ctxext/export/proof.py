@@ -65,6 +65,7 @@ class MergeProof:
         verification: of the positions that the written config gives.
         way: how it was merged, and why not otherwise.
         num_merged_tensors, num_other_tensors: compared by samples; 0 after a merge in memory.
+        quantised: how far it is from what was trained, where the base was quantised for training.
         warnings: what else a user must know.
     """
 
@@ -74,6 +75,7 @@ class MergeProof:
     way: str = "merged in memory"
     num_merged_tensors: int = 0
     num_other_tensors: int = 0
+    quantised: str | None = None
     warnings: tuple[str, ...] = ()
 
     def summary(self) -> list[str]:
@@ -90,7 +92,8 @@ class MergeProof:
             else f"merged checkpoint read back by stock transformers: largest logit difference to base + adapter "
             f"{self.largest_logit_difference:.1e}"
         )
-        return [*lines, self.verification.summary(), *(f"warning: {warning}" for warning in self.warnings)]
+        lines += [self.verification.summary(), *([self.quantised] if self.quantised else [])]
+        return [*lines, *(f"warning: {warning}" for warning in self.warnings)]
 
 
 @dataclass(frozen=True)

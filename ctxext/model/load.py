@@ -264,6 +264,7 @@ def load_model(
     device: torch.device,
     attention: str | None = None,
     device_map: str | Mapping[str, str | int] | None = None,
+    quantisation: Any = None,
 ) -> PreTrainedModel:
     """Build the model from `config` (extended or not) and the source's weights, on `device`, in eval mode.
 
@@ -273,12 +274,15 @@ def load_model(
         attention: transformers' name of it; `plain_attention` when left out.
         device_map: spreads a model that is too large for `device`, as transformers' `from_pretrained` takes it; what no
             device has room for goes to disk, into a folder that is removed with the model.
+        quantisation: transformers' config of how the weights are quantised while they are read onto `device`.
 
     Raises:
         ArtefactError: weights missing, truncated, or not all used.
     """
     try:
         with quiet(), _offload_folder(device_map) as (spread, keep):
+            if quantisation is not None:
+                spread |= {"quantization_config": quantisation, "device_map": {"": device}}
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source.location,
                 config=copy.deepcopy(config),
@@ -306,7 +310,7 @@ def load_model(
         )
     if source.gguf_file:
         _forget_gguf(model)
-    if device_map is None:
+    if device_map is None and quantisation is None:
         model.to(device)
     model.eval()
     ready: PreTrainedModel = model

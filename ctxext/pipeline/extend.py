@@ -30,6 +30,7 @@ from ctxext.evaluation.store import load_samples
 from ctxext.evaluation.suite import resolve_samples, stored_suite
 from ctxext.export.card import is_edited, write_card
 from ctxext.export.merge import merged_in_memory, read_back, write_merged
+from ctxext.export.quantised import compare_with_quantised
 from ctxext.files import fingerprint, read_json, require_free_space, verify_manifest, write_json_atomic
 from ctxext.model.attention_choice import AttentionHost, attention_of
 from ctxext.model.load import (
@@ -43,6 +44,7 @@ from ctxext.model.load import (
     short_name,
 )
 from ctxext.model.parts import causal_lm
+from ctxext.model.quantised import QUANTISATION_KEY, load_quantised, quantisation
 from ctxext.pipeline.excerpts import write_excerpts
 from ctxext.pipeline.gates import enforce_gates
 from ctxext.pipeline.report import arms_of_run, gather, report_run
@@ -271,11 +273,14 @@ def _load_trained(job: _Job, folder: Path, method: RopeMethod) -> Any:
 
 def _load_for_training(job: _Job, config: PreTrainedConfig, attention: str) -> PreTrainedModel:
     """Where weights are shared, one process reads them into host memory and the others wait for their part."""
-    if not job.parallel.sharded:
+    if job.recipe.adaptation == "qlora":  # every process holds all of them
+        model = load_quantised(job.source, config, dtype=job.dtype, device=job.device, attention=attention)
+    elif not job.parallel.sharded:
         return _load(job, config, attention)
-    if not job.is_main:
+    elif not job.is_main:
         return empty_model(config, job.dtype, attention)
-    model = load_model(job.source, config, dtype=job.dtype, device=torch.device("cpu"), attention=attention)
+    else:
+        model = load_model(job.source, config, dtype=job.dtype, device=torch.device("cpu"), attention=attention)
     job.reporter.info(verify_positions(model, config).summary())
     return model
 
@@ -345,6 +350,7 @@ def _evaluate_untrained(job: _Job) -> None:
 
 def _provenance(job: _Job, method: RopeMethod) -> dict[str, Any]:
     resolved = method.resolved(job.plan.original_length, job.plan.target_length)
+    quantised = {QUANTISATION_KEY: quantisation(job.dtype)} if job.recipe.adaptation == "qlora" else {}
     return {
         "base": {"source": job.source.name, "revision": job.source.revision, "fingerprint": job.plan.weights},
         "method": resolved.model_dump(mode="json"),
@@ -353,6 +359,7 @@ def _provenance(job: _Job, method: RopeMethod) -> dict[str, Any]:
         "on_existing": job.recipe.on_existing,
         "plan_id": job.plan.plan_id,
         **({"inexact_resumes": inexact} if (inexact := inexact_records(job.run.path)) else {}),
+        **quantised,
     }
 
 
@@ -486,6 +493,9 @@ def _merge(job: _Job) -> PreTrainedModel | None:
         f"{proof.largest_logit_difference:.1e}"
     )
     job.reporter.info(proof.verification.summary())
+    if job.recipe.adaptation == "qlora":
+        folder, config = job.run.path / job.trained_name, _config_for(job, job.recipe.rope)
+        job.reporter.info(compare_with_quantised(model, folder, job.source, config))
     this_launch().wait()
     return model
 

@@ -20,7 +20,9 @@ from ctxext.errors import CtxextError, UnsupportedModelError, first_line
 from ctxext.model.adaptation import adapt
 from ctxext.model.documents import DOCUMENTS
 from ctxext.model.parts import is_adapter_name
+from ctxext.model.quantised import layers_in_4_bits
 from ctxext.model.savings import Savings, apply_savings
+from ctxext.planning.quantised import TracedLinear4bit, moments_in_8_bits, quantise_for_trace
 from ctxext.planning.trace import FUSED, Ledger, Peak, fused_attention_on_meta
 from ctxext.recipe.adaptation import Adaptation, LoraBlock
 
@@ -96,8 +98,12 @@ def trace_step(
     objective: Objective,
     sharding: Sharding = ONE_DEVICE,
     adaptation: Adaptation = "lora",
+    moment_bytes: int = 4,
 ) -> StepMemory:
     """Trace one training step of the model that `config` describes.
+
+    Args:
+        moment_bytes: of each of AdamW's moments, for one parameter: 4, or 1 with `adamw-8bit`.
 
     Raises:
         UnsupportedModelError: the model decides by values what it computes (routed experts in a Python loop), which
@@ -105,11 +111,14 @@ def trace_step(
     """
     model = _meta_model(config, adaptation, lora, savings, shape)
     loss = objective(model)
-    optimizer, moments = _optimizer_with_moments(model)
+    update, moments = _update_with_moments(model, moment_bytes)
     tokens = -(-shape.window_tokens // sharding.sequence)
     ids = torch.zeros((shape.windows, tokens), dtype=torch.long, device="meta")
     ledger = Ledger(counts_kernel_buffers=shape.device == "cuda")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    quantised = [module for module in model.modules() if isinstance(module, TracedLinear4bit)]
+    ledger.register("4-bit weights", (module.weight for module in quantised))
+    ledger.register("scales of 4-bit weights", (buffer for module in quantised for buffer in module.buffers()))
     ledger.register("weights", (p for p in model.parameters() if not p.requires_grad))
     ledger.register("weights", model.buffers())
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -126,7 +135,7 @@ def trace_step(
             ledger.rename("gradients", (p.grad for p in trained if p.grad is not None))
             with ledger.phase(_UPDATE):
                 nn.utils.clip_grad_norm_(trained, max_norm=1.0)
-                optimizer.step()
+                update()
     except CtxextError:
         raise
     except (NotImplementedError, RuntimeError) as error:
@@ -147,22 +156,26 @@ def _meta_model(
     attention = shape.attention if shape.attention in as_it_is else FUSED
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config, dtype=shape.dtype, attn_implementation=attention)
+        if adaptation == "qlora":
+            quantise_for_trace(base, layers_in_4_bits(base))
         model = adapt(base, adaptation, lora, seed=0)
     model.train()
     apply_savings(model, savings)
     return model
 
 
-def _optimizer_with_moments(model: nn.Module) -> tuple[torch.optim.Optimizer, list[Tensor]]:
-    """The optimizer as it is from the second step on."""
+def _update_with_moments(model: nn.Module, moment_bytes: int) -> tuple[Callable[[], object], list[Tensor]]:
+    """The optimizer's step and state as they are from the second step on."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if moment_bytes == 1:  # bitsandbytes updates in place, without temporaries
+        return lambda: None, [moment for parameter in trained for moment in moments_in_8_bits(parameter)]
     optimizer = torch.optim.AdamW(trained)
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     state = [value for values in optimizer.state.values() for value in values.values() if isinstance(value, Tensor)]
-    return optimizer, state
+    return optimizer.step, state
 
 
 def _as_memory(peak: Peak) -> StepMemory:
@@ -190,7 +203,7 @@ def _sharded(memory: StepMemory, gathered_bytes: int, num_shards: int) -> StepMe
     if num_shards == 1:
         return memory
     split = dict(memory.split)
-    for kind in ("weights", "adapters", "trained weights", "gradients", "optimizer"):
+    for kind in ("weights", "4-bit weights", "adapters", "trained weights", "gradients", "optimizer"):
         if kind in split:
             split[kind] = -(-split[kind] // num_shards)
     split["gathered layers"] = gathered_bytes

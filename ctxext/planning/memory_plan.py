@@ -137,7 +137,16 @@ class _Tracer:
         """The step with these savings."""
         shape = StepShape(windows, window_tokens, self._device.dtype, self._device.kind, self._attention)
         recipe = self._recipe
-        return trace_step(self._config, recipe.lora, savings, shape, self._objective, self._sharding, recipe.adaptation)
+        return trace_step(
+            self._config,
+            recipe.lora,
+            savings,
+            shape,
+            self._objective,
+            self._sharding,
+            recipe.adaptation,
+            recipe.train.moment_bytes,
+        )
 
 
 def _device_of(recipe: Recipe) -> _Device:

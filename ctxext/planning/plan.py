@@ -19,7 +19,7 @@ from ctxext.model.assumptions import assumed_by_default
 from ctxext.model.attention_choice import planned_attention
 from ctxext.model.load import choose_device, load_config, resolve_source, weights_fingerprint
 from ctxext.model.lora import num_trainable
-from ctxext.model.quantized import check_bitsandbytes
+from ctxext.model.quantised import check_bitsandbytes, quantisation_note
 from ctxext.model.routers import check_routers
 from ctxext.model.savings import check_savings
 from ctxext.planning.cost import ModelShape, attention_width
@@ -138,7 +138,7 @@ def make_plan(recipe: Recipe) -> Plan:
     device_type = "cuda" if elsewhere else choose_device().type
     check_parallel(recipe)
     check_savings(recipe.train, window_tokens, device_type)
-    check_bitsandbytes(recipe, device_type)
+    check_bitsandbytes(recipe, config, device_type)
     attention = planned_attention(recipe, extended)
     shape = ModelShape(counts.matrices, text.num_hidden_layers, attention_width(text))
     window_flops = shape.train_flops(window_tokens, checkpointing, full=recipe.adaptation == "full")
@@ -232,6 +232,7 @@ def _count_parameters(config: Any, recipe: Recipe) -> _Counts:
         # The output embedding multiplies every token, the input embedding only looks rows up.
         matrices = total if tied else total - embeddings
         notes = frozen_notes(model, recipe.adaptation, recipe.lora)
+        notes += [quantisation_note(model)] if recipe.adaptation == "qlora" else []
         adapted = adapt(model, recipe.adaptation, recipe.lora, seed=0)
     trained = [part.to_json() for part in trained_parts(adapted, recipe.train.moment_bytes)]
     return _Counts(total, num_trainable(adapted), matrices, trained, notes)

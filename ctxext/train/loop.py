@@ -28,6 +28,7 @@ from ctxext.model.host_memory import freed_memory_kept
 from ctxext.model.lora import num_trainable
 from ctxext.model.loss_proof import prove_loss
 from ctxext.model.parts import causal_lm
+from ctxext.model.quantised import num_parameters
 from ctxext.model.router_jitter import add_router_jitter
 from ctxext.model.savings import apply_savings, savings_of
 from ctxext.model.whole import compute_dtype
@@ -204,7 +205,7 @@ class Trainer:
         hooks.on_start(
             TrainStart(
                 num_trainable=num_trainable(self._adapted),
-                num_parameters=sum(parameter.numel() for parameter in self._adapted.parameters()),
+                num_parameters=num_parameters(self._adapted),
                 trained=trained_parts(self._adapted, self._settings.moment_bytes),
                 verification=self._verification,
                 kernels=self._kernels,

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import SilentReporter, make_job, needs_bitsandbytes
+from support import SilentReporter, make_job, needs_bitsandbytes, tiny_config
 from torch import nn
 
 from ctxext.errors import ResourceError
-from ctxext.model.quantized import check_bitsandbytes
+from ctxext.model.quantised import check_bitsandbytes
 from ctxext.pipeline.extend import extend
 from ctxext.planning.plan import make_plan
 from ctxext.recipe.train import TrainBlock
@@ -148,5 +148,5 @@ def test_moments_in_8_bits_are_refused_on_apples_gpus(tmp_path: Path, monkeypatc
     recipe = make_job(tmp_path).recipe("train.optimizer=adamw-8bit")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     with pytest.raises(ResourceError, match="Apple"):
-        check_bitsandbytes(recipe, "mps")
-    check_bitsandbytes(recipe, "cuda")
+        check_bitsandbytes(recipe, tiny_config(), "mps")
+    check_bitsandbytes(recipe, tiny_config(), "cuda")
