@@ -67,17 +67,15 @@ from ctxext.model.load import (
 )
 from ctxext.model.parts import causal_lm
 from ctxext.model.quantised import QUANTISATION_KEY
+from ctxext.model.trained import ADAPTER_WEIGHTS, PEFT_PREFIX, set_trained_tensors
 from ctxext.rope.families import text_config
 from ctxext.rope.portable import exported_form, fold_edits
 from ctxext.rope.verify import verify_positions
 from ctxext.train.adapter import (
-    ADAPTER_WEIGHTS,
-    PEFT_PREFIX,
     PROVENANCE_NAME,
     load_trained,
     plain_lora_config,
     read_provenance,
-    set_adapter_tensors,
     tensor_write_errors,
     whole_names,
 )
@@ -421,7 +419,7 @@ def _plan(placement: Placement, base_folder: Path) -> _StreamPlan:
         wrapped = get_peft_model(skeleton, lora, low_cpu_mem_usage=True)
     assert isinstance(wrapped, PeftModel)
     stand_ins = {key: torch.empty(info.shape, device="meta") for key, info in places.items() if key not in whole}
-    set_adapter_tensors(wrapped, stand_ins, str(adapter))
+    set_trained_tensors(wrapped, stand_ins, str(adapter))
     targets: dict[str, MergeTarget] = {}
     for key, parameter in whole.items():
         for name in _stored_names(parameter, skeleton, weights):

@@ -21,13 +21,12 @@ from ctxext.errors import ArtefactError, UsageError
 from ctxext.export.proof import meta_model
 from ctxext.export.stored import read_header
 from ctxext.model.load import ModelSource, load_config, load_tokenizer, resolve_source, weights_fingerprint
+from ctxext.model.trained import ADAPTER_WEIGHTS, PEFT_PREFIX
 from ctxext.rope.base import BaseRope
 from ctxext.rope.families import base_ropes, text_config
 from ctxext.rope.methods import create_method
 from ctxext.rope.patchers import apply_method
 from ctxext.train.adapter import (
-    ADAPTER_WEIGHTS,
-    PEFT_PREFIX,
     PROVENANCE_NAME,
     adapter_config,
     base_of,

@@ -9,6 +9,7 @@ from torch import nn
 
 from ctxext.model.lora import add_lora, lora_targets
 from ctxext.model.parts import KINDS, Kind, is_adapter_name, parameter_kinds
+from ctxext.model.start import start_from
 from ctxext.model.whole import embeddings_and_norms, train_whole
 from ctxext.recipe.adaptation import Adaptation, LoraBlock
 
@@ -25,6 +26,7 @@ def adapt(model: Any, adaptation: Adaptation, lora: LoraBlock, seed: int) -> nn.
 
     Raises:
         UsageError: a target that the model does not have.
+        ArtefactError: an adapter to start from that does not fit.
     """
     if adaptation == "full":
         train_whole(model, [name for name, _ in model.named_parameters()])
@@ -32,14 +34,10 @@ def adapt(model: Any, adaptation: Adaptation, lora: LoraBlock, seed: int) -> nn.
         return plain
     whole = embeddings_and_norms(model) if lora.embeddings_and_norms else []
     adapted = add_lora(model, lora, seed)
-    train_whole_of(adapted, whole)
+    train_whole(model, whole)
+    if not model.get_input_embeddings().weight.is_meta:
+        start_from(adapted, lora)
     return adapted
-
-
-def train_whole_of(adapted: Any, names: list[str]) -> None:
-    """Parameters of the base below an adapter, by the base's names."""
-    if names:
-        train_whole(adapted.get_base_model(), names)
 
 
 @dataclass(frozen=True)

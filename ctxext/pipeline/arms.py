@@ -14,6 +14,7 @@ from ctxext.errors import UsageError
 from ctxext.export.merge import merged_in_memory
 from ctxext.files import sha256_file
 from ctxext.model.load import ModelSource, load_config, load_model, resolve_source, short_name, weights_fingerprint
+from ctxext.model.trained import ADAPTER_WEIGHTS
 from ctxext.model.windowed import attention_for
 from ctxext.pipeline.patch import method_parameters
 from ctxext.pipeline.report import arm_labels
@@ -22,7 +23,6 @@ from ctxext.rope.families import OnExisting, base_ropes, length_before_scaling, 
 from ctxext.rope.methods import RopeMethod, create_method
 from ctxext.rope.patchers import apply_method
 from ctxext.train.adapter import (
-    ADAPTER_WEIGHTS,
     PROVENANCE_NAME,
     adapter_config,
     base_of,

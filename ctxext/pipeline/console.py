@@ -384,7 +384,7 @@ class _PlainLines:
 
 def trained_rows(plan: Plan) -> list[tuple[str, str]]:
     """What trains, by kind, with its share of the model and its bytes."""
-    share = f"{100 * plan.num_trainable / plan.num_parameters:.2g}%"
+    share = f"{100 * plan.num_trainable / plan.num_parameters:.3g}%"
     parts = [TrainedPart(**part) for part in plan.trained]
     return [
         (
@@ -429,6 +429,6 @@ def plan_rows(plan: Plan, estimated_seconds: float, output_dir: str) -> list[tup
         ),
         ("arms", ", ".join(plan.arms)),
         ("time", f"about {duration(estimated_seconds)} at the matrix speed measured here"),
-        ("disk", f"{format_bytes(2 * plan.merged_bytes)} at most in {output_dir}"),
+        ("disk", f"{format_bytes(plan.disk_bytes)} at most in {output_dir}"),
         ("plan id", plan.plan_id),
     ]

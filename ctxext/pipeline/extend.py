@@ -175,7 +175,7 @@ def extend(
     accelerator = make_accelerator(dtype, device, list(recipe.train.trackers), run.path)
     source = resolve_source(recipe.model.source, recipe.model.revision)
     with StopRequest(None if hours is None else 3600 * hours, started) as stop:
-        require_free_space(run.path, 2 * plan.merged_bytes, "checkpoints and the merged model")
+        require_free_space(run.path, plan.disk_bytes, "checkpoints and the merged model")
         if accelerator.is_main_process:
             # Before the status is this command's to write: a folder of another run is refused and left as it is.
             facts = environment_facts(str(device), str(dtype).removeprefix("torch."))
@@ -489,7 +489,8 @@ def _merge(job: _Job) -> PreTrainedModel | None:
         provenance |= {"base": {**origin, "fingerprint": job.origin.fingerprint}, "stages": job.origin.stages}
     model, proof = write_merged(job.run.merged, wrapped, job.tokenizer, provenance)
     job.reporter.info(
-        f"merged checkpoint read back by stock transformers: largest logit difference to base + adapter "
+        "merged checkpoint read back by stock transformers: largest logit difference to "
+        f"{'the trained model' if job.trained_name == WHOLE_NAME else 'base + adapter'} "
         f"{proof.largest_logit_difference:.1e}"
     )
     job.reporter.info(proof.verification.summary())

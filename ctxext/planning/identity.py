@@ -17,6 +17,7 @@ def decisive_values(
     *,
     window_tokens: int,
     weights: str,
+    start: str | None,
     positions: dict[str, Any],
 ) -> dict[str, Any]:
     """Everything that changes results, by key; see `recipe.effects`.
@@ -25,6 +26,7 @@ def decisive_values(
         suite: what the training text must not hold, when it is asked to exclude that.
         during: evaluated while training; chooses the checkpoint, so what is in it decides, not its name.
         weights: fingerprint of the base weights.
+        start: hash of the adapter that training starts from, which decides by what it holds and not where it lies.
         positions: RoPE parameters of the extended config.
     """
     values = flat(recipe.model_dump(mode="json"))
@@ -33,6 +35,8 @@ def decisive_values(
     decided = decisive(values)
     if during is not None:
         decided["train.evaluate.suite"] = during.model_dump(mode="json")
+    if start is not None:
+        decided["lora.start_from"] = start
     if recipe.data.cache == STREAMED:
         decided["data.cache"] = STREAMED
     if recipe.data.contamination == "exclude":

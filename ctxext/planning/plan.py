@@ -22,6 +22,7 @@ from ctxext.model.lora import num_trainable
 from ctxext.model.quantised import check_bitsandbytes, quantisation_note
 from ctxext.model.routers import check_routers
 from ctxext.model.savings import check_savings
+from ctxext.model.start import check_start
 from ctxext.planning.cost import ModelShape, attention_width
 from ctxext.planning.data_plan import data_lines, facts_notes
 from ctxext.planning.identity import decisive_values
@@ -49,6 +50,7 @@ class Plan:
         adaptation: lora, qlora or full.
         trained: what trains, by kind (`model.adaptation.TrainedPart`).
         trainable_bytes: trained weights, gradients in float32 and both AdamW moments, in float32 or 8 bits.
+        disk_bytes: see `disk_bytes`.
         cache_bytes: KV cache of the longest evaluated prompt, in float32.
         weights: fingerprint of the base weights.
         plan_id: hash of everything that changes results.
@@ -96,6 +98,7 @@ class Plan:
     trainable_bytes: int
     cache_bytes: int
     merged_bytes: int
+    disk_bytes: int
     data: list[str]
     attention: str
     memory: dict[str, Any] | None = None
@@ -130,8 +133,8 @@ def make_plan(recipe: Recipe) -> Plan:
     suite = load_suite(recipe.evaluation.suite)
     samples = resolve_samples(suite, base.original_length, recipe.target_length)
     text = text_config(config)
-    counts = _count_parameters(config, recipe)
     weights = weights_fingerprint(source, config)
+    counts = _count_parameters(config, recipe, weights, describe_positions(extended))
     window_tokens = recipe.data.windows.length or recipe.target_length
     checkpointing = recipe.train.uses_activation_checkpointing(window_tokens)
     elsewhere = recipe.train.memory.device_gib is not None  # planned for another machine than this one
@@ -152,6 +155,7 @@ def make_plan(recipe: Recipe) -> Plan:
         during,
         window_tokens=window_tokens,
         weights=weights,
+        start=counts.start_sha256,
         positions={"theta": base.theta, **text_config(extended).rope_parameters},
     )
     return Plan(
@@ -195,9 +199,23 @@ def make_plan(recipe: Recipe) -> Plan:
         trainable_bytes=counts.trainable * 2 * (_FLOAT32_BYTES + recipe.train.moment_bytes),
         cache_bytes=cache_bytes(text, max(sample.cell.length_tokens for sample in samples), _FLOAT32_BYTES),
         merged_bytes=counts.total * _FLOAT32_BYTES,
+        disk_bytes=disk_bytes(recipe, counts.total, counts.trainable),
         data=data_lines(recipe.data, window_tokens),
         attention=attention.describe(),
     )
+
+
+def disk_bytes(recipe: Recipe, num_parameters: int, num_trainable: int) -> int:
+    """The most that a run has on disk beside its evaluations, as if all weights were float32.
+
+    The merged model, and for every training its checkpoints (one more than are kept, because the oldest goes after the
+    newest is there, and one more where the best is kept) and what it has trained.
+    """
+    train = recipe.train
+    checkpoint = num_trainable * (_FLOAT32_BYTES + 2 * train.moment_bytes)
+    kept = train.keep_checkpoints + 1 + (train.evaluate is not None)
+    trainings = 1 + recipe.evaluation.control
+    return num_parameters * _FLOAT32_BYTES + trainings * (kept * checkpoint + num_trainable * _FLOAT32_BYTES)
 
 
 def evaluation_flops(shape: ModelShape, samples: list[Sample]) -> float:
@@ -219,9 +237,10 @@ class _Counts:
     matrices: int
     trained: list[dict[str, Any]]
     notes: list[str]
+    start_sha256: str | None
 
 
-def _count_parameters(config: Any, recipe: Recipe) -> _Counts:
+def _count_parameters(config: Any, recipe: Recipe, weights: str, positions: str) -> _Counts:
     """Counted on the real architecture, built without memory on the meta device."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -235,7 +254,11 @@ def _count_parameters(config: Any, recipe: Recipe) -> _Counts:
         notes += [quantisation_note(model)] if recipe.adaptation == "qlora" else []
         adapted = adapt(model, recipe.adaptation, recipe.lora, seed=0)
     trained = [part.to_json() for part in trained_parts(adapted, recipe.train.moment_bytes)]
-    return _Counts(total, num_trainable(adapted), matrices, trained, notes)
+    start = None
+    if recipe.lora.start_from is not None:
+        start = check_start(adapted, recipe.lora, base=recipe.model.source, fingerprint=weights, positions=positions)
+        notes = [*notes, *start.notes]
+    return _Counts(total, num_trainable(adapted), matrices, trained, notes, start.sha256 if start else None)
 
 
 def _on_existing(values: dict[str, Any]) -> OnExisting:

@@ -25,7 +25,7 @@ class LoraBlock(Block):
         weight_decomposed: train magnitude and direction apart (DoRA, Liu et al. 2024, arXiv:2402.09353).
         embeddings_and_norms: also train input and output embeddings and the norms, whole (LongLoRA, Chen et al. 2023,
             arXiv:2309.12307: what makes LoRA reach full fine-tuning at longer lengths).
-        start_from: folder of an adapter that training goes on from.
+        start_from: folder of an adapter, or run that trained one, that training goes on from (its first stage).
     """
 
     rank: PositiveInt = 16

@@ -196,6 +196,8 @@ def stage_recipe(recipe: Recipe, number: int) -> Recipe:
         block = getattr(stage, name)
         if block is not None:
             values[name] = _merged(values[name], block.model_dump(mode="json", exclude_unset=True))
+    if number > 0:  # its base is what the stage before has merged, the adapter that started it included
+        values["lora"]["start_from"] = None
     if number + 1 < len(recipe.stages):
         values["evaluation"] |= {"before": False, "recorded": None, "gates": None}
     return Recipe.model_validate(values)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -26,65 +26,17 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrain
 from ctxext.errors import ArtefactError, ResourceError
 from ctxext.files import directory_atomic, read_json, verify_manifest, write_json_atomic, write_manifest
 from ctxext.model.load import ModelSource, load_config, load_model, quiet, resolve_source, weights_fingerprint
-from ctxext.model.parts import is_adapter_name, is_tied, own_parameters
+from ctxext.model.parts import is_tied, own_parameters
+from ctxext.model.trained import ADAPTER_WEIGHTS, PEFT_PREFIX, peft_tensors, set_trained_tensors, trained_tensors
 from ctxext.model.whole import compute_dtype, whole_parameters
 from ctxext.rope.verify import verify_positions
-from ctxext.train.sharding import share_like
 
 PROVENANCE_NAME = "ctxext.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-PEFT_PREFIX = "base_model.model."
-
-
-def trained_tensors(model: Any) -> dict[str, Tensor]:
-    """All that trains, by name: as peft names adapters and what lies below them, else as the model itself does."""
-    whole = whole_parameters(model)
-    if not isinstance(model, PeftModel):
-        return dict(whole)
-    return _peft_tensors(model) | {PEFT_PREFIX + name: parameter for name, parameter in whole.items()}
-
-
-def _peft_tensors(model: PeftModel) -> dict[str, Tensor]:
-    with quiet():
-        tensors: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
-    return tensors
 
 
 def adapter_tensors(model: Any) -> dict[str, Tensor]:
     """`trained_tensors` on the CPU, to be written."""
     return {name: tensor.detach().cpu().contiguous() for name, tensor in trained_tensors(model).items()}
-
-
-def set_adapter_tensors(model: Any, tensors: dict[str, Tensor], where: str) -> None:
-    """Put stored weights into a model that trains; every one must fit and none may be missing (peft itself only warns).
-
-    Raises:
-        ArtefactError: keys or shapes differ.
-    """
-    expected = trained_tensors(model)
-    missing, unknown = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
-    if missing or unknown:
-        raise ArtefactError(
-            f"the adapter does not fit the model ({len(missing)} weights missing, {len(unknown)} unknown)",
-            where=where,
-            got=(missing or unknown)[0],
-        )
-    for name, tensor in tensors.items():
-        if tensor.shape != expected[name].shape:
-            raise ArtefactError(
-                "an adapter weight has another shape than the model asks for",
-                where=f"{where}: {name}",
-                got=str(tuple(tensor.shape)),
-                expected=str(tuple(expected[name].shape)),
-            )
-    prefix = PEFT_PREFIX if isinstance(model, PeftModel) else ""
-    with torch.no_grad():
-        for name, parameter in whole_parameters(model).items():
-            parameter.copy_(share_like(tensors[prefix + name], parameter))
-    if isinstance(model, PeftModel):
-        adapter = {name: share_like(x, expected[name]) for name, x in tensors.items() if is_adapter_name(name)}
-        with quiet():
-            set_peft_model_state_dict(model, adapter)
 
 
 def save_trained(folder: Path, model: Any, tokenizer: PreTrainedTokenizerBase, provenance: dict[str, Any]) -> None:
@@ -167,7 +119,7 @@ def _stored_config(model: PeftModel, source: str) -> LoraConfig:
 
 
 def _stored_tensors(model: PeftModel) -> dict[str, Tensor]:
-    adapter = _peft_tensors(model)
+    adapter = peft_tensors(model)
     whole = {PEFT_PREFIX + name: value for name, value in _stored_whole(model).items()}
     # Cloned: safetensors refuses two names of one tensor.
     return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in (adapter | whole).items()}
@@ -265,7 +217,7 @@ def load_adapter(folder: Path, model: PreTrainedModel) -> PeftModel:
     with quiet():
         wrapped = get_peft_model(model, plain_lora_config(folder))
     assert isinstance(wrapped, PeftModel)
-    set_adapter_tensors(wrapped, tensors, str(folder))
+    set_trained_tensors(wrapped, tensors, str(folder))
     return wrapped
 
 

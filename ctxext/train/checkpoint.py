@@ -24,9 +24,10 @@ from ctxext.files import (
     write_json_atomic,
     write_manifest,
 )
+from ctxext.model.trained import share_like
 from ctxext.recipe.effects import Difference, differences
 from ctxext.train.adapter import read_tensors, tensor_write_errors, write_tensors
-from ctxext.train.sharding import share_like, whole
+from ctxext.train.sharding import whole
 
 _NAME = re.compile(r"step-(\d{6,})")
 # Where bitsandbytes' optimizers put tensors that FSDP1 must not gather.

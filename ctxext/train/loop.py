@@ -31,12 +31,13 @@ from ctxext.model.parts import causal_lm
 from ctxext.model.quantised import num_parameters
 from ctxext.model.router_jitter import add_router_jitter
 from ctxext.model.savings import apply_savings, savings_of
+from ctxext.model.trained import set_trained_tensors
 from ctxext.model.whole import compute_dtype
 from ctxext.planning.parallel_plan import ParallelPlan
 from ctxext.recipe.effects import Difference
 from ctxext.recipe.schema import Recipe
 from ctxext.rope.verify import RopeVerification, verify_positions
-from ctxext.train.adapter import adapter_tensors, set_adapter_tensors
+from ctxext.train.adapter import adapter_tensors
 from ctxext.train.checkpoint import (
     Checkpoint,
     TrainState,
@@ -253,7 +254,7 @@ class Trainer:
         path = checkpoint_path(self._folder / "checkpoints", chosen.step)
         try:
             if chosen.step != last_step:
-                set_adapter_tensors(self._adapted, read_checkpoint(path).adapter, str(path))
+                set_trained_tensors(self._adapted, read_checkpoint(path).adapter, str(path))
         except ArtefactError as error:
             why = f"step {chosen.step} was better ({chosen.reason}), but its checkpoint is damaged: {error}"
             chosen = Chosen(last_step, last_step, why)
@@ -353,7 +354,7 @@ class Trainer:
             seed_process(self._accelerator, self._settings.seed)
             return 0, messages
         messages += self._check_same_run(checkpoint)
-        set_adapter_tensors(self._adapted, checkpoint.adapter, str(checkpoint.folder))
+        set_trained_tensors(self._adapted, checkpoint.adapter, str(checkpoint.folder))
         set_optimizer_tensors(self._optimizer.optimizer, checkpoint.optimizer)
         if checkpoint.state.num_processes == self._identity.num_processes:
             set_random_state(self._accelerator, checkpoint.random_states)

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ctxext.errors import UsageError
@@ -145,11 +145,3 @@ def whole(tensor: Tensor) -> Tensor:
     if isinstance(tensor, DTensor):
         tensor = tensor.full_tensor()
     return tensor.detach().cpu().contiguous()
-
-
-def share_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """This process's part of a whole `tensor`, as `like` is shared; `tensor` itself where that is not its shape."""
-    if not isinstance(like, DTensor) or tensor.shape != like.shape:
-        return tensor
-    # No communication: every process has the same tensor and takes its part.
-    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

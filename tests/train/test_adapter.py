@@ -31,12 +31,10 @@ POSITIONS = torch.cat([torch.arange(16), torch.arange(TARGET_LENGTH - 16, TARGET
 WHOLE = {"embeddings_and_norms": True}
 FAMILIES = [
     ("llama", False, WHOLE),
-    ("llama", True, WHOLE),
     ("qwen2", True, WHOLE),
     ("gemma3_text", True, WHOLE),
     ("qwen3", False, WHOLE),
     ("gpt_neox", True, WHOLE),
-    ("phi", False, WHOLE),
     ("olmoe", False, WHOLE),
     ("mixtral", False, {**WHOLE, "experts": True, "routers": True}),
     ("qwen2_moe", False, {"routers": True}),
