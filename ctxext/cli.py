@@ -104,16 +104,23 @@ def extend(
     method: Method = None,
     processes: TrainProcesses = None,
     allow_inexact: AllowInexact = False,
+    smoke: Annotated[
+        bool,
+        typer.Option("--smoke", help="Every stage with tiny numbers, in a folder of its own: does everything run?"),
+    ] = False,
 ) -> None:
     """The whole job: plan, evaluate, train, merge, verify, evaluate again, report.
 
     Uses every visible GPU. Run the same command again to go on after an interruption.
     """
     from ctxext.pipeline.stages import run_recipe
-    from ctxext.pipeline.summary import print_summary
+    from ctxext.pipeline.summary import print_smoke, print_summary
 
     recipe, reporter = _recipe(what, overrides, target_length, method), _reporter()
     _in_processes(recipe, reporter, processes)
+    if smoke:
+        print_smoke(reporter, recipe)
+        return
     print_summary(reporter.console, run_recipe(recipe, reporter, allow_inexact=allow_inexact))
 
 

@@ -20,6 +20,7 @@ from ctxext.pipeline.extend import estimated_run_seconds, output_folder, planned
 from ctxext.pipeline.launch import visible_recipe
 from ctxext.pipeline.report import gather, record_baseline, report_baseline, report_run
 from ctxext.pipeline.run_folder import FACTS_NAME, RunFolder
+from ctxext.pipeline.smoke import run_smoke
 from ctxext.pipeline.stages import stages_of
 from ctxext.pipeline.stored_runs import derive_results
 from ctxext.planning.memory_plan import plan_memory
@@ -39,6 +40,19 @@ def print_summary(console: Console, folder: Path) -> None:
     console.print(f"\nTime: {duration(total)}{memory}", markup=False)
     console.print(f"Merged checkpoint: {run.merged}", markup=False, soft_wrap=True)
     console.print(f"Report: {run.report / 'index.html'}", markup=False, soft_wrap=True)
+
+
+def print_smoke(reporter: ConsoleReporter, recipe: Recipe) -> None:
+    """Run a smoke test and say what it shows and what not."""
+    result = run_smoke(recipe, reporter)
+    console = reporter.console
+    console.print(f"\nSmoke test passed in {duration(result.seconds)}. It shows that", style="bold", markup=False)
+    for sentence in result.shown:
+        console.print(f"- {sentence}", markup=False)
+    console.print("It does not show", style="bold")
+    for sentence in result.not_shown:
+        console.print(f"- {sentence}", markup=False)
+    console.print(f"Folder, which may be removed: {result.folder}", markup=False, soft_wrap=True)
 
 
 def _print_conclusions(console: Console, facts: ReportFacts, arms: Sequence[Arm]) -> None:
