@@ -17,6 +17,7 @@ from ctxext.files import fingerprint
 from ctxext.model.adaptation import adapt, frozen_notes, trained_parts
 from ctxext.model.assumptions import assumed_by_default
 from ctxext.model.attention_choice import planned_attention
+from ctxext.model.liger import check_liger
 from ctxext.model.load import choose_device, load_config, resolve_source, weights_fingerprint
 from ctxext.model.lora import num_trainable
 from ctxext.model.quantised import check_bitsandbytes, quantisation_note
@@ -142,6 +143,7 @@ def make_plan(recipe: Recipe) -> Plan:
     check_parallel(recipe)
     check_savings(recipe.train, window_tokens, device_type)
     check_bitsandbytes(recipe, config, device_type)
+    check_liger(recipe.train, device_type)
     attention = planned_attention(recipe, extended)
     shape = ModelShape(counts.matrices, text.num_hidden_layers, attention_width(text))
     window_flops = shape.train_flops(window_tokens, checkpointing, full=recipe.adaptation == "full")

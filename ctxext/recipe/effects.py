@@ -41,7 +41,7 @@ _TABLE: dict[str, dict[Effect, str]] = {
         "fixed": "optimizer",
         "results": "steps windows_per_step learning_rate warmup decay weight_decay max_grad_norm router_loss "
         "router_jitter seed",
-        "last-bits": "windows_per_device attention compile activation_checkpointing",
+        "last-bits": "windows_per_device attention compile loss activation_checkpointing",
         # A run that stopped at a value that is not finite may go on leaving such steps out: none came before.
         "none": "allow_slow probe non_finite max_hours checkpoint_every keep_checkpoints trackers",
     },
@@ -88,6 +88,7 @@ LATER: dict[str, Any] = {
     "train.attention": "auto",
     "train.compile": False,
     "train.memory.tile_tokens": None,
+    "train.loss": "torch",
     "train.router_jitter": 0.0,
     "train.router_loss": None,
     "train.evaluate": None,

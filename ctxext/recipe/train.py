@@ -41,6 +41,8 @@ class TrainBlock(Block):
         non_finite: what a loss or gradient that is not finite does: `stop` the run, or `skip` the step (at most three
             in a row).
         max_hours: stop in time to be done, saved and resumable, before so many hours have passed since the start.
+        loss: what computes the loss from hidden states, without the logits of a window: `torch`, in chunks, on every
+            device; or `liger`, the kernels of the extra `liger` on CUDA.
         router_loss: what the auxiliary loss of a mixture-of-experts model's routers is multiplied with; as the model's
             config says when left out, 0 for none.
         router_jitter: noise on the inputs of routers, as a share of them (0.01: times 0.99 to 1.01); against experts
@@ -69,6 +71,7 @@ class TrainBlock(Block):
     probe: bool = True
     non_finite: Literal["stop", "skip"] = "stop"
     max_hours: Annotated[float, Field(gt=0)] | None = None
+    loss: Literal["torch", "liger"] = "torch"
     router_loss: Annotated[float, Field(ge=0)] | None = None
     router_jitter: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     activation_checkpointing: Literal["auto"] | bool = "auto"

@@ -25,7 +25,9 @@ from ctxext.evaluation.sharding import require_all_processes, this_launch
 from ctxext.files import write_json_atomic
 from ctxext.model.adaptation import TrainedPart, adapt, trained_parts
 from ctxext.model.host_memory import freed_memory_kept
+from ctxext.model.liger import prove_liger
 from ctxext.model.lora import num_trainable
+from ctxext.model.loss import DecoderHead
 from ctxext.model.loss_proof import prove_loss
 from ctxext.model.parts import causal_lm
 from ctxext.model.quantised import num_parameters
@@ -168,7 +170,9 @@ class Trainer:
         prove_loss(model)
         self._adapted = adapt(model, recipe.adaptation, recipe.lora, settings.seed)
         self._adapted.train()
-        self._loss = SummedLoss(self._adapted, settings.router_loss)
+        if settings.loss == "liger":
+            prove_liger(DecoderHead(causal_lm(self._adapted)))
+        self._loss = SummedLoss(self._adapted, settings.router_loss, with_liger=settings.loss == "liger")
         self._together.shard(self._loss, causal_lm(self._adapted).get_decoder())
         apply_savings(self._adapted, savings_of(settings, windows.length))
         optimizer = make_optimizer(self._adapted, settings)

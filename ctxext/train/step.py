@@ -18,7 +18,8 @@ from torch.distributed.tensor import DTensor
 
 from ctxext.data.packing import PackedWindow
 from ctxext.model.documents import cumulative_arguments, documents_of
-from ctxext.model.loss import IGNORE_INDEX, DecoderHead
+from ctxext.model.liger import liger_summed_loss
+from ctxext.model.loss import IGNORE_INDEX, DecoderHead, summed_loss
 from ctxext.model.parts import causal_lm
 from ctxext.model.routers import auxiliary_coefficient, forward_with_auxiliary_loss
 from ctxext.rope.families import text_config
@@ -36,6 +37,7 @@ class SummedLoss(nn.Module):
 
     Args:
         router_loss: coefficient of the auxiliary loss; the model's own when left out.
+        with_liger: Liger computes the loss from the hidden states.
 
     Attributes:
         parts: of the last forward pass, without gradients: [2] sum of token losses, auxiliary loss times targets.
@@ -43,9 +45,10 @@ class SummedLoss(nn.Module):
             The loss is then the sum over this process's tokens.
     """
 
-    def __init__(self, model: Any, router_loss: float | None = None) -> None:
+    def __init__(self, model: Any, router_loss: float | None = None, with_liger: bool = False) -> None:
         super().__init__()
         self.model = model
+        self._summed = liger_summed_loss if with_liger else summed_loss
         own = auxiliary_coefficient(causal_lm(model))
         self._coefficient = 0.0 if own is None else own if router_loss is None else router_loss
         self.parts: Tensor | None = None
@@ -88,7 +91,7 @@ class SummedLoss(nn.Module):
             hidden, auxiliary = forward_with_auxiliary_loss(base, parts.decoder, input_ids=input_ids, **arguments)
         else:
             hidden = parts.hidden_states(input_ids, **arguments)
-        loss = parts.summed_loss(hidden.flatten(0, 1), targets.flatten())
+        loss = self._summed(hidden.flatten(0, 1), parts.head, targets.flatten(), parts.change)
         if auxiliary is None:
             self.parts = torch.stack([loss.detach(), torch.zeros_like(loss)])
             return loss
