@@ -1,9 +1,9 @@
 """FLOPs of evaluation and training, and what they mean in time on this machine.
 
-With n parameters in matrices, prefilling S tokens costs 2 n S + 2 layers x heads x head_dim x S^2 (causal attention
-computes half of 4 layers x heads x head_dim x S^2). A LoRA step costs twice the forward pass for the matrices (frozen
-weights need no gradient of their own), a step of full fine-tuning three times, and both three and a half times for
-attention.
+With n parameters in matrices (of a mixture's experts, those that a token is sent to), prefilling S tokens costs 2 n S +
+2 layers x heads x head_dim x S^2 (causal attention computes half of 4 layers x heads x head_dim x S^2). A LoRA step
+costs twice the forward pass for the matrices (frozen weights need no gradient of their own), a step of full fine-tuning
+three times, and both three and a half times for attention.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from ctxext.model.routers import experts_per_token
 from ctxext.rope.families import text_config
 
 # What a forward pass reaches of a plain matrix product's speed (SmolLM2-135M, two CPU cores, 2K-12K tokens: 0.7-0.8).
@@ -48,11 +49,29 @@ def model_shape(config: Any) -> ModelShape:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     text = text_config(config)
-    num_matrix = sum(parameter.numel() for parameter in model.parameters())
+    return ModelShape(num_matrix_parameters(model), text.num_hidden_layers, attention_width(text))
+
+
+def num_matrix_parameters(model: Any) -> int:
+    """Parameters that a token is multiplied with: of experts, those that it is sent to."""
+    text = text_config(model.config)
+    used = _share_of_experts(text)
+    total: float = sum(
+        parameter.numel() * (used if "experts" in name.split(".") else 1.0)
+        for name, parameter in model.named_parameters()
+    )
     if not getattr(text, "tie_word_embeddings", False):
         # The output embedding multiplies every token, the input embedding only looks rows up.
-        num_matrix -= model.get_input_embeddings().weight.numel()
-    return ModelShape(num_matrix, text.num_hidden_layers, attention_width(text))
+        total -= model.get_input_embeddings().weight.numel()
+    return round(total)
+
+
+def _share_of_experts(text: Any) -> float:
+    for name in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"):
+        num_experts = getattr(text, name, None)
+        if isinstance(num_experts, int) and num_experts > 0:
+            return min(experts_per_token(text) / num_experts, 1.0)
+    return 1.0
 
 
 def attention_width(text: Any) -> int:

@@ -24,7 +24,7 @@ from ctxext.model.quantised import check_bitsandbytes, quantisation_note
 from ctxext.model.routers import check_routers
 from ctxext.model.savings import check_savings
 from ctxext.model.start import check_start
-from ctxext.planning.cost import ModelShape, attention_width
+from ctxext.planning.cost import ModelShape, attention_width, num_matrix_parameters
 from ctxext.planning.data_plan import data_lines, facts_notes
 from ctxext.planning.identity import decisive_values
 from ctxext.planning.parallel_plan import check_parallel
@@ -248,10 +248,7 @@ def _count_parameters(config: Any, recipe: Recipe, weights: str, positions: str)
         model = AutoModelForCausalLM.from_config(config)
         check_routers(model, recipe.train)
         total = sum(parameter.numel() for parameter in model.parameters())
-        embeddings = model.get_input_embeddings().weight.numel()
-        tied = bool(getattr(text_config(config), "tie_word_embeddings", False))
-        # The output embedding multiplies every token, the input embedding only looks rows up.
-        matrices = total if tied else total - embeddings
+        matrices = num_matrix_parameters(model)
         notes = frozen_notes(model, recipe.adaptation, recipe.lora)
         notes += [quantisation_note(model)] if recipe.adaptation == "qlora" else []
         adapted = adapt(model, recipe.adaptation, recipe.lora, seed=0)

@@ -57,9 +57,7 @@ def _throughput(
 ) -> ThroughputMonitor:
     window_tokens = recipe.data.windows.length or recipe.target_length
     shape = model_shape(config)
-    flops = shape.train_flops(window_tokens, activation_checkpointing=False)
-    if recipe.adaptation == "full":  # the base's weights have gradients of their own
-        flops += 2.0 * shape.num_matrix_parameters * window_tokens
+    flops = shape.train_flops(window_tokens, activation_checkpointing=False, full=recipe.adaptation == "full")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
     speed = peak_flops_per_second(name) if dtype == torch.bfloat16 else None
     source = f"data sheet of {name}, dense bfloat16"

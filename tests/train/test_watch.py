@@ -92,8 +92,8 @@ def test_how_often_attention_is_looked_at_is_no_other_plan(watched: Job) -> None
     assert other.plan_id not in plans
 
 
-def monitors_of(job: Job, *settings: str) -> dict[str, Any]:
-    recipe = job.recipe(*settings)
+def monitors_of(job: Job, *settings: str, **changes: Any) -> dict[str, Any]:
+    recipe = job.recipe(*settings).model_copy(update=changes)
     config = apply_method(tiny_config(), recipe.rope, recipe.target_length, recipe.on_existing)
     found = make_monitors(recipe, config, torch.device("cpu"), torch.float32, 128)
     return {monitor.name: monitor for monitor in found}
@@ -185,5 +185,5 @@ def test_the_work_of_a_step_counts_attention_and_no_recomputation(watched: Job) 
     # 96 tokens a window, 2 windows a step: twice the forward pass of the matrices, 3.5 times that of attention.
     assert lines[0]["flops_per_step"] == pytest.approx(2 * (4 * matrices * 96 + 3.5 * 2 * 2 * 32 * 96**2))
     assert "this CPU" in lines[0]["speed_source"]
-    full = monitors_of(watched, "adaptation=full")["throughput"]
+    full = monitors_of(watched, adaptation="full")["throughput"]
     assert full._flops_per_step - lines[0]["flops_per_step"] == pytest.approx(2 * 2 * matrices * 96)
