@@ -72,6 +72,15 @@ def registered(name: str, attend: Callable[..., Any], mask: Callable[..., Any] =
     return name
 
 
+def test_attention_without_any_known_kernel_is_refused() -> None:
+    def running_mean(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **arguments: Any) -> Any:
+        value = value.repeat_interleave(query.shape[1] // value.shape[1], 1)
+        return (value.cumsum(2) / torch.arange(1, value.shape[2] + 1)[:, None]).transpose(1, 2), None
+
+    with pytest.raises(ResourceError, match="plain matrix products"):
+        prove(tiny_config(), registered("running_mean", running_mean))
+
+
 def test_an_isolation_that_leaks_in_one_layer_is_refused() -> None:
     def leaking(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **arguments: Any) -> Any:
         if isinstance(mask, Documents) and module.layer_idx == 1:

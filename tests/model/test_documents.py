@@ -12,7 +12,14 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from ctxext.errors import UnsupportedModelError
-from ctxext.model.documents import DOCUMENTS, Documents, cumulative_arguments, documents_mask, documents_of
+from ctxext.model.documents import (
+    DOCUMENTS,
+    Documents,
+    cumulative_arguments,
+    documents_attention,
+    documents_mask,
+    documents_of,
+)
 from ctxext.model.lora import add_lora
 from ctxext.recipe.schema import LoraBlock
 
@@ -153,3 +160,13 @@ def test_a_mask_that_is_not_made_of_documents_is_refused() -> None:
         mask(lambda b, h, q, k: halves(b, h, q, k) | (k == 0))  # a token that all see
     with pytest.raises(UnsupportedModelError, match="documents"):
         mask(lambda b, h, q, k: q // 6 == k // 6)  # both directions
+
+
+def test_padded_heads_keep_the_scale_of_their_own_width() -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, 2, 30, dim, generator=generator) for dim in (8, 8, 24))
+    documents = documents_of(torch.arange(29)[None] % 10 == 9)
+    found, _ = documents_attention(torch.nn.Module(), query, key, value, documents)
+    visible = torch.block_diag(*(torch.ones(10, 10, dtype=torch.bool).tril() for _ in range(3)))
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, visible)
+    torch.testing.assert_close(found, expected.transpose(1, 2))

@@ -58,6 +58,11 @@ def test_nothing_in_it_grows_with_the_square_of_the_length() -> None:
         assert whole < 2.1 * half
 
 
+def test_on_a_gpu_documents_take_what_one_fused_kernel_takes() -> None:
+    assert trace(GEMMA3, DOCUMENTS, device="cuda") == trace(GEMMA3, "flash_attention_2", device="cuda")
+    assert trace(GEMMA3, DOCUMENTS, device="cuda") != trace(GEMMA3, DOCUMENTS, device="cpu")
+
+
 def test_what_is_slow_is_counted() -> None:
     scores = GEMMA2.num_attention_heads * TOKENS * TOKENS * 4
     assert trace(GEMMA2, "eager").peak_bytes - trace(GEMMA2, "flex_attention").peak_bytes > scores
