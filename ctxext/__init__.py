@@ -6,6 +6,7 @@ Importing it loads neither torch nor transformers; each name is loaded when it i
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
     from ctxext.rope.live import patch_model, unpatch
     from ctxext.rope.patchers import extend_config
     from ctxext.rope.verify import verify_positions
+
+# Where the optional bitsandbytes is installed, importing peft imports it, and on some CPUs it then warns of kernels for
+# inference that it would like to download. ctxext uses none of them.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 __version__ = "0.1.0"
 

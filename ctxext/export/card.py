@@ -293,6 +293,7 @@ def _run_values(run_folder: Path, recipe: Recipe, summary: Mapping[str, Any]) ->
     cost = [s for s in live if s["topic"] == "short_loss" and s["numbers"].get("arm") == main["arm"]]
     return {
         "recipe": recipe,
+        "trained": _trained(recipe),
         "recipe_text": yaml.safe_dump(
             public_values(recipe.model_dump(mode="json", exclude_none=True)), sort_keys=False
         ),
@@ -317,6 +318,24 @@ def _run_values(run_folder: Path, recipe: Recipe, summary: Mapping[str, Any]) ->
         "recorded_name": recipe.evaluation.recorded,
         "picture": _picture,
     }
+
+
+def _trained(recipe: Recipe) -> dict[str, str]:
+    """What training changed: its name, in a sentence, and what goes beside plain LoRA."""
+    merged = "which are merged into this checkpoint"
+    names = {
+        "lora": ("LoRA", f"LoRA weights, {merged}"),
+        "qlora": ("QLoRA", f"LoRA weights against the base model in 4 bits, {merged}, whose weights are not quantised"),
+        "full": ("Full fine-tuning", "every weight"),
+    }
+    lora = recipe.lora
+    variants = {
+        "rank-stabilised (rsLoRA)": lora.rank_stabilized,
+        "weight-decomposed (DoRA)": lora.weight_decomposed,
+        "embeddings and norms trained whole": lora.embeddings_and_norms,
+    }
+    name, what = names[recipe.adaptation]
+    return {"name": name, "what": what, "beside": ", ".join(words for words, asked in variants.items() if asked)}
 
 
 def _contamination(run_folder: Path) -> str | None:
@@ -369,7 +388,7 @@ def _front_matter(
         for source in (recipe.data.sources if recipe else ())
         if source.name and source.name not in _PACKAGED_DATASETS and is_repo_id(source.name)
     ]
-    trained = ["lora"] if recipe else []
+    trained = [] if recipe is None or recipe.adaptation == "full" else ["lora"]
     values: dict[str, Any] = {
         "base_model": base.hub_id,
         "base_model_relation": relation if base.hub_id else None,

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -192,8 +190,7 @@ def _quantised(
 
 def _linear_4bit() -> type[nn.Module]:
     try:
-        with _quiet_import():
-            from bitsandbytes.nn.modules import Linear4bit
+        from bitsandbytes.nn.modules import Linear4bit
     except ImportError as error:
         raise ResourceError(
             f"bitsandbytes cannot be imported ({error})",
@@ -203,15 +200,3 @@ def _linear_4bit() -> type[nn.Module]:
         ) from error
     found: type[nn.Module] = Linear4bit
     return found
-
-
-@contextmanager
-def _quiet_import() -> Iterator[None]:
-    """bitsandbytes warns about inference kernels that it would like to download."""
-    logger = logging.getLogger("bitsandbytes")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)

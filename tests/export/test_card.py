@@ -136,6 +136,40 @@ def test_a_card_says_how_strong_the_adapter_was_merged_and_what_it_was_trained_o
     assert "secret" not in rows["Adapter trained on"]
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected", "tag"),
+    [
+        ((), ("LoRA weights, which", "AdamW, learning rate", "cosine to zero"), True),
+        (
+            ("adaptation=qlora", "train.optimizer=adamw-8bit", "lora.embeddings_and_norms=true"),
+            ("QLoRA", "base model in 4 bits", "moments in 8 bits", "embeddings and norms trained whole"),
+            True,
+        ),
+        (("adaptation=full", "train.decay=inverse-sqrt"), ("every weight.", "over the square root of the step"), False),
+    ],
+)
+def test_a_card_says_what_was_trained_and_how(
+    run: Path, settings: tuple[str, ...], expected: tuple[str, ...], tag: bool
+) -> None:
+    path = run / "recipe.yaml"
+    values = yaml.safe_load(path.read_text())
+    for setting in settings:
+        key, value = setting.split("=")
+        *blocks, name = key.split(".")
+        place = values
+        for block in blocks:
+            place = place[block]
+        place[name] = yaml.safe_load(value)
+    if values["adaptation"] == "full":
+        del values["lora"]
+    path.write_text(yaml.safe_dump(values))
+    card = write_card(run)
+    _, tokens = split_card(card)
+    text = visible_text(tokens)
+    assert all(words in text for words in expected), text
+    assert ("lora" in ModelCard(card.read_text(encoding="utf-8")).data.tags) == tag
+
+
 def test_the_front_matter_is_what_the_hub_reads(run: Path) -> None:
     card = write_card(run)
     data = ModelCard(card.read_text(encoding="utf-8")).data
