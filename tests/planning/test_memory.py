@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PreTr
 
 from ctxext.data.packing import PackedWindow
 from ctxext.errors import UsageError
+from ctxext.model.adaptation import adapt
 from ctxext.model.lora import add_lora
 from ctxext.model.offload import host_copies, offload_layer_inputs
 from ctxext.model.savings import Savings, apply_savings, savings_of
@@ -20,6 +21,7 @@ from ctxext.planning.memory import Sharding, StepMemory, StepShape, trace_step
 from ctxext.planning.memory_plan import memory_rows, plan_memory
 from ctxext.planning.plan import make_plan
 from ctxext.planning.trace import Ledger
+from ctxext.recipe.adaptation import Adaptation
 from ctxext.recipe.schema import LoraBlock, TrainBlock
 from ctxext.train.step import SummedLoss, run_step
 
@@ -48,10 +50,17 @@ def measured(config: PreTrainedConfig, savings: Savings) -> int:
     return measured_step(config, savings, "sdpa", window(TOKENS))
 
 
-def measured_step(config: PreTrainedConfig, savings: Savings, attention: str, of: PackedWindow) -> int:
+def measured_step(
+    config: PreTrainedConfig,
+    savings: Savings,
+    attention: str,
+    of: PackedWindow,
+    adaptation: Adaptation = "lora",
+    lora: LoraBlock = LORA,
+) -> int:
     """What the CPU's allocator had handed out at most in a real step, the second one, weights and moments included."""
-    model: Any = add_lora(AutoModelForCausalLM.from_config(config, attn_implementation=attention), LORA, seed=0)
-    model.train()
+    base = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    model: Any = adapt(base, adaptation, lora, seed=0).train()
     apply_savings(model, savings)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     accelerator = Accelerator(cpu=True, mixed_precision="no")
@@ -73,6 +82,42 @@ def test_traced_and_measured_peaks_agree(savings: Savings) -> None:
     memory = traced(small_config(), savings)
     assert sum(memory.split.values()) == memory.peak_bytes
     assert memory.peak_bytes == pytest.approx(measured(small_config(), savings), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("adaptation", "lora"),
+    [
+        ("full", LoraBlock()),
+        ("lora", LoraBlock(rank=4, embeddings_and_norms=True)),
+        ("lora", LoraBlock(rank=4, weight_decomposed=True)),
+    ],
+    ids=["full", "embeddings and norms", "DoRA"],
+)
+def test_traced_and_measured_peaks_agree_whatever_trains(adaptation: Adaptation, lora: LoraBlock) -> None:
+    config, savings = small_config(), Savings(checkpoint_every=1)
+    shape = StepShape(windows=1, window_tokens=TOKENS, dtype=torch.float32, device="cpu")
+    memory = trace_step(config, lora, savings, shape, SummedLoss, adaptation=adaptation)
+    real = measured_step(config, savings, "sdpa", window(TOKENS), adaptation, lora)
+    assert memory.peak_bytes == pytest.approx(real, rel=0.1)
+    whole = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters()) * 4
+    assert memory.split.get("trained weights", 0) == (
+        whole if adaptation == "full" else pytest.approx(0.3 * whole, rel=1)
+    )
+    assert ("trained weights" in memory.split) == (adaptation == "full" or lora.embeddings_and_norms)
+
+
+def test_trained_weights_are_float32_and_activations_stay_as_small_as_the_base_makes_them() -> None:
+    """Beside a bfloat16 base, training embeddings and norms adds their own bytes and no float32 activations."""
+    config = tiny_config(num_hidden_layers=8, hidden_size=64, intermediate_size=128, vocab_size=64)
+    shape = StepShape(windows=1, window_tokens=8192, dtype=torch.bfloat16, device="cuda")
+    plain, whole = (
+        trace_step(config, LoraBlock(rank=4, embeddings_and_norms=on), Savings(1), shape, SummedLoss)
+        for on in (False, True)
+    )
+    trained = whole.split["trained weights"]
+    inputs = 8 * 8192 * 64 * 2
+    assert trained == (2 * 64 * 64 + 17 * 64) * 4
+    assert whole.peak_bytes - plain.peak_bytes < 5 * trained + 0.25 * inputs
 
 
 def test_every_saving_saves() -> None:
