@@ -14,7 +14,7 @@ STAMP := $(VENV)/.installed
 # Each test process computes on one thread: two processes use two cores, without threads waiting for each other.
 TEST_PROCESSES ?= 2
 
-.PHONY: quickstart tiny test lint record-quickstart record-gemma test-readers bench clean
+.PHONY: quickstart tiny test lint record-quickstart record-gemma test-readers test-gpu bench clean
 
 quickstart: $(STAMP)
 	@echo "quickstart: SmolLM2-135M from 8,192 to 16,384 positions, before and after."
@@ -57,6 +57,12 @@ record-gemma: $(STAMP)
 test-readers: $(STAMP)
 	OMP_NUM_THREADS=1 TORCH_INDEX=$(TORCH_INDEX) $(BIN)/python tests/readers/run_all.py --create $(ARGS)
 	CTXEXT_TEST_READERS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/readers/test_servers.py
+
+# What needs a GPU: its tests, long steps of an 8B shape beside TRL, and two recipes with their control arms; hours on one
+# GPU of 141 GB, every command under ten minutes, resumable. ARGS="--only tests" for the tests alone.
+test-gpu: $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[bench]"
+	$(BIN)/python tests/gpu/run_all.py --output runs/gpu $(ARGS)
 
 # Ratios within one run: memory of patching and merging multi-GB checkpoints, windowed attention, the evaluation engine
 # against plain generate (about 20 minutes of one core), the data side (about a minute; without --large 0 half an hour).

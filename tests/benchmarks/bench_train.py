@@ -35,6 +35,7 @@ from ctxext.data.sources import iter_documents
 from ctxext.model.load import load_config, load_model, load_tokenizer, quiet, resolve_source
 from ctxext.model.lora import add_lora
 from ctxext.planning.allocator import peak_growth_bytes
+from ctxext.planning.parallel_plan import ParallelPlan
 from ctxext.recipe.data import SourceBlock
 from ctxext.recipe.schema import Recipe
 from ctxext.train.checkpoint import TrainState
@@ -135,7 +136,8 @@ def train_with_ctxext(setting: Setting, run: Run, model: Any) -> None:
     with tempfile.TemporaryDirectory() as folder:
         accelerator = make_accelerator(torch.float32, torch.device("cpu"), [], Path(folder))
         windows, state = FixedWindows(setting.windows), TrainState(0, {}, "benchmark", 1)
-        trainer = OurTrainer(accelerator, model, setting.config, windows, setting.recipe, Path(folder), state)
+        parallel = ParallelPlan(windows=1, passes=1)
+        trainer = OurTrainer(accelerator, model, setting.config, windows, setting.recipe, Path(folder), state, parallel)
 
         def on_step(metrics: Any) -> None:
             run.losses.append(metrics.loss)
