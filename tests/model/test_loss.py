@@ -14,8 +14,11 @@ from support import tiny_model
 from torch import Tensor
 
 from ctxext.model import loss as loss_module
+from ctxext.model.adaptation import adapt
 from ctxext.model.logits import UNCHANGED, LogitChange
 from ctxext.model.loss import IGNORE_INDEX, DecoderHead, summed_loss, token_losses
+from ctxext.model.parts import causal_lm
+from ctxext.recipe.schema import LoraBlock
 
 D, V = 24, 301
 
@@ -120,6 +123,24 @@ def test_a_trained_head_tied_to_the_embedding_gets_the_gradient_of_both_uses(pat
         (parts.summed_loss(hidden, targets) if summed else plain_sum).backward()
         gradients.append(model.get_input_embeddings().weight.grad)
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_that_trains_in_float32_on_a_bfloat16_base_gets_its_gradient(tied: bool, path: str) -> None:
+    gradients = []
+    for summed in (False, True):
+        base = tiny_model(tie_word_embeddings=tied).bfloat16()
+        model = adapt(base, "lora", LoraBlock(rank=2, embeddings_and_norms=True), seed=0)
+        parts, ids = DecoderHead(causal_lm(model)), torch.arange(80).view(2, 40)
+        hidden, targets = parts.hidden_states(ids, use_cache=False).flatten(0, 1), ids.flatten().roll(-1)
+        plain_sum = F.cross_entropy(parts.head(hidden).float(), targets, reduction="sum")
+        (parts.summed_loss(hidden, targets) if summed else plain_sum).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert sum("embed" in name or "lm_head" in name for name in gradients[0]) == (1 if tied else 2)
+    for name, expected in gradients[0].items():
+        assert gradients[1][name].dtype == torch.float32
+        assert float((gradients[1][name] - expected).norm()) <= 0.02 * float(expected.norm()), name
 
 
 def test_an_adapter_on_the_head_counts(path: str) -> None:
