@@ -89,7 +89,12 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def assert_equal_runs(run: Path, expected: Path) -> None:
-    """Weights equal to the bit; every step once, with equal numbers."""
+    """Weights, moments and random state equal to the bit; every step once, with equal numbers."""
+    for name in ("adapter", "optimizer", "random"):
+        last = Path("checkpoints") / f"step-{STEPS:06d}" / f"{name}.safetensors"
+        stored, wanted = (load_file(folder / last) for folder in (run, expected))
+        assert stored.keys() == wanted.keys()
+        assert all(stored[key].equal(tensor) for key, tensor in wanted.items()), name
     mine, theirs = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (run, expected))
     assert mine.keys() == theirs.keys()
     assert len(mine) == 28

@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import file_size_limit
+from safetensors.torch import load_file
+from support import SilentReporter, file_size_limit, make_job
 from torch import Tensor
 
 from ctxext.errors import ResourceError
+from ctxext.pipeline.extend import extend
 from ctxext.train.checkpoint import (
     TrainState,
+    checkpoint_path,
     newest_checkpoint,
     optimizer_tensors,
     save_checkpoint,
@@ -105,6 +108,36 @@ def test_a_manifest_that_is_not_one_counts_as_damage(tmp_path: Path) -> None:
         checkpoint, messages = newest_checkpoint(tmp_path)
         assert checkpoint is not None
         assert (checkpoint.state.step, len(messages)) == (2, 1), broken
+
+
+def test_a_checkpoint_without_its_manifest_was_never_finished(tmp_path: Path) -> None:
+    save(tmp_path, 2)
+    (save(tmp_path, 4) / "manifest.json").unlink()
+    checkpoint, messages = newest_checkpoint(tmp_path)
+    assert checkpoint is not None
+    assert (checkpoint.state.step, len(messages)) == (2, 1)
+
+
+def test_a_save_killed_between_commit_and_pruning_is_pruned_by_the_next(tmp_path: Path) -> None:
+    for step in (2, 4, 6):
+        save(tmp_path, step, keep=3)
+    save(tmp_path, 8, keep=2)
+    assert steps(tmp_path) == [6, 8]
+
+
+def test_a_checkpoint_holds_what_trains_and_nothing_of_the_base(tmp_path: Path) -> None:
+    job = make_job(tmp_path)
+    extend(job.recipe("train.steps=2"), SilentReporter(), last_stage="train")
+    folder = checkpoint_path(job.output / "checkpoints", 2)
+    names = {path.name for path in folder.iterdir()}
+    tensors_of = {name: load_file(folder / f"{name}.safetensors") for name in ("adapter", "optimizer", "random")}
+    others = {"state.json", "monitors.json", "manifest.json"}
+    assert names == {*(f"{name}.safetensors" for name in tensors_of), *others}
+    assert len(tensors_of["adapter"]) == 28
+    assert all(".lora_A." in name or ".lora_B." in name for name in tensors_of["adapter"])
+    assert {name.split(".")[1] for name in tensors_of["optimizer"]} == {"step", "exp_avg", "exp_avg_sq"}
+    assert len(tensors_of["optimizer"]) == 3 * 28
+    assert tensors_of["random"].keys() == {"cpu"}
 
 
 def test_without_any_whole_checkpoint_training_starts_over_and_says_why(tmp_path: Path) -> None:
