@@ -140,18 +140,6 @@ class Recipe(Block):
         return self
 
     @model_validator(mode="after")
-    def _evaluated_while_training(self) -> Recipe:
-        if self.train.evaluate is None:
-            return self
-        for key, spread in (("shard: fsdp2", self.parallel.shard == "fsdp2"), ("sequence", self.parallel.sequence > 1)):
-            if spread:
-                raise ValueError(
-                    f"train.evaluate needs the whole model in every process, and parallel.{key} shares it; leave one "
-                    "of them out, and evaluate checkpoints with `ctxext eval`"
-                )
-        return self
-
-    @model_validator(mode="after")
     def _lora_is_used(self) -> Recipe:
         if self.adaptation == "full" and self.lora != LoraBlock():
             raise ValueError("adaptation: full trains every weight and has no adapter; leave the block lora out")

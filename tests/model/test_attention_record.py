@@ -82,6 +82,12 @@ def test_sliding_layers_see_their_window_only() -> None:
         model(tokens(), use_cache=False)
     assert_same(found, plain_weights(model), torch.arange(LENGTH))
     assert found.layers[0].uniform_bits == pytest.approx(math.log2(12), abs=1e-4)
+    # A kernel with a window of its own gets no mask.
+    found = record()
+    query = torch.randn(1, 2, LENGTH, 8)
+    with recording(found):
+        ALL_ATTENTION_FUNCTIONS["sdpa"](torch.nn.Identity(), query, query, query, None, sliding_window=12)
+    assert found.layers[0].uniform_bits == pytest.approx(math.log2(12), abs=1e-4)
 
 
 def test_soft_capped_scores_and_their_own_scale_are_followed() -> None:
@@ -161,9 +167,12 @@ def test_whoever_is_looked_at_computes_the_same_bits_and_gradients() -> None:
         assert torch.equal(plain, watched)
 
 
-def test_only_the_first_pass_is_recorded_and_nothing_stays_behind() -> None:
+def test_only_the_first_pass_is_recorded_and_nothing_stays_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(initializer_range=0.5)
+    local = {"ctxext_test": ALL_ATTENTION_FUNCTIONS["sdpa"]}
+    monkeypatch.setattr(ALL_ATTENTION_FUNCTIONS, "_local_mapping", local)
     functions = dict(ALL_ATTENTION_FUNCTIONS)
+    assert "ctxext_test" in functions
     found = record()
     with torch.no_grad(), recording(found):
         model(tokens(), use_cache=False)

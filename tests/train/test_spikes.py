@@ -79,6 +79,15 @@ def test_values_that_are_not_finite_move_neither_baseline_nor_width(poison: floa
     assert (spike["baseline"], spike["height"]) == (same["baseline"], same["height"])
 
 
+def test_a_few_easy_batches_do_not_move_the_baseline() -> None:
+    plain, easy = monitor(), monitor()
+    losses = usual_losses(60)
+    lines_of(plain, losses)
+    lines_of(easy, [0.1 if step % 12 == 0 else loss for step, loss in enumerate(losses, start=1)])
+    (_, spike), (_, other) = (lines_of(one, [4.0], first=61)[0] for one in (plain, easy))
+    assert other["baseline"] == pytest.approx(spike["baseline"], abs=0.03)
+
+
 def test_a_spike_does_not_raise_its_own_baseline() -> None:
     watching = monitor()
     lines_of(watching, usual_losses(60))
@@ -103,8 +112,11 @@ def test_an_exploded_gradient_before_the_spike_is_named_as_the_cause() -> None:
     watching = monitor()
     for step, loss in enumerate(usual_losses(40), start=1):
         assert watching.after_step(event(step, loss, grad_norm=30.0 if step == 39 else 1.0)) == []
-    spike = watching.after_step(event(41, 4.0))[0]
+    resumed = monitor()
+    resumed.restore(json.loads(json.dumps(watching.state())))
+    spike, again = (one.after_step(event(41, 4.0))[0] for one in (watching, resumed))
     assert spike["cause"] == "gradient"
+    assert again == spike
     assert "30.0 times its median in step 39" in spike["detail"]
 
 
@@ -160,7 +172,7 @@ def test_a_resumed_monitor_says_what_the_uninterrupted_one_says() -> None:
     losses[70:90] = [4.0] * 20
     whole = lines_of(monitor(), losses)
     assert len(whole) == 2
-    for cut in (30, 69, 75, 91):
+    for cut in (30, 69, 75, 91, 140):
         before, after = monitor(), monitor()
         lines = lines_of(before, losses[:cut])
         after.restore(json.loads(json.dumps(before.state())))
