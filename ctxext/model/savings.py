@@ -12,6 +12,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from ctxext.errors import UsageError
 from ctxext.model.offload import already_on_host, nothing_to_offload, offload_layer_inputs
 from ctxext.model.parts import causal_lm
 from ctxext.model.tiling import tile_modules, untile_modules
@@ -58,13 +59,20 @@ def check_savings(train: TrainBlock, window_tokens: int, device_type: str) -> No
     """Refuse, before any work, savings that the loop would refuse after the first evaluation.
 
     Raises:
-        UsageError: offloading without checkpoints, or without an accelerator.
+        UsageError: offloading without checkpoints, or without an accelerator; compiled layers in tiles.
     """
     savings = savings_of(train, window_tokens)
     if savings.offload and savings.checkpoint_every is None:
         raise nothing_to_offload()
     if savings.offload and device_type == "cpu":
         raise already_on_host()
+    if train.compile and savings.tile_tokens is not None:
+        raise UsageError(
+            "compiled layers cannot compute in tiles",
+            where="train.compile",
+            got=f"tiles of {savings.tile_tokens:,} tokens",
+            hint="Set train.memory.tile_tokens=off, or leave train.compile out.",
+        )
 
 
 def apply_savings(model: nn.Module, savings: Savings) -> None:

@@ -24,6 +24,7 @@ from ctxext.errors import ArtefactError, ResourceError
 from ctxext.evaluation.sharding import require_all_processes, this_launch
 from ctxext.files import write_json_atomic
 from ctxext.model.adaptation import TrainedPart, adapt, trained_parts
+from ctxext.model.compiled import compile_layers
 from ctxext.model.host_memory import freed_memory_kept
 from ctxext.model.liger import prove_liger
 from ctxext.model.lora import num_trainable
@@ -175,6 +176,8 @@ class Trainer:
         self._loss = SummedLoss(self._adapted, settings.router_loss, with_liger=settings.loss == "liger")
         self._together.shard(self._loss, causal_lm(self._adapted).get_decoder())
         apply_savings(self._adapted, savings_of(settings, windows.length))
+        if settings.compile:
+            compile_layers(self._adapted)
         optimizer = make_optimizer(self._adapted, settings)
         self._model, self._optimizer = self._together.prepare(self._loss, optimizer)
         # Wrappers and casts of prepare() have rounded frequencies before: look again.

@@ -95,6 +95,8 @@ def try_worst_case(prepared: Prepared, recipe: Recipe) -> Probe:
 
 def _try(prepared: Prepared, recipe: Recipe, shape: ProbeShape) -> Probe:
     try:
+        if recipe.train.compile:
+            prepared.probe(shape)  # compiles
         probe = prepared.probe(shape)
     except RuntimeError as error:  # torch.OutOfMemoryError is one
         if not is_out_of_memory(error):
