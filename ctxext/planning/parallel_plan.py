@@ -175,8 +175,6 @@ def _wrong_sequence(recipe: Recipe) -> Iterator[UsageError]:
         yield _refused(where, got, "documents that see only themselves (positions: per-document) are not divided")
     if recipe.train.compile:
         yield _refused(where, got, "train.compile with exchanged heads is not built")
-    if recipe.train.evaluate is not None:
-        yield _refused(where, got, "train.evaluate asks prompts of their own in every process")
     if recipe.train.memory.device_gib is not None:
         return  # planned for another machine
     if importlib.util.find_spec("ringmaster") is None:

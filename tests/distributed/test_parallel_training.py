@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import debug_launcher
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from support import Job, SilentReporter, child_environment, make_job, save_tiny_model, step_lines
 from torch.distributed.fsdp import FSDPModule
@@ -30,23 +31,38 @@ SETTINGS = (
     "train.keep_checkpoints=4",
     "train.activation_checkpointing=true",
     "train.memory.tile_tokens=32",
+    "train.allow_slow=true",  # so that neither these savings are judged by the clock, nor the ring on a CPU refused
 )
-RING = ("parallel.sequence=2", "parallel.sequence_engine=ring", "train.allow_slow=true")
 WAYS = {
     "ddp": ("parallel.shard=none",),
     "fsdp2": ("parallel.shard=fsdp2",),
     "ulysses": ("parallel.sequence=2",),
     "ulysses-fsdp2": ("parallel.sequence=2", "parallel.shard=fsdp2"),
-    "ring": RING,
+    "ring": ("parallel.sequence=2", "parallel.sequence_engine=ring"),
+    # Frozen weights in bfloat16 beside float32 ones that train whole, and computed with rounded.
+    "fsdp2-mixed": ("parallel.shard=fsdp2", "model.dtype=bfloat16", "lora.embeddings_and_norms=true"),
+    "fsdp2-full": ("parallel.shard=fsdp2", "adaptation=full", "lora={}"),
+}
+# The run of one process that a way is compared with, and what it has in common with it.
+ALONE = {
+    "ring": ("one-ring", ()),
+    "fsdp2-mixed": ("one-mixed", WAYS["fsdp2-mixed"][1:]),
+    "fsdp2-full": ("one-full", WAYS["fsdp2-full"][1:]),
 }
 SEQUENCE = tuple(way for way, settings in WAYS.items() if "parallel.sequence=2" in settings)
 
 
 def recipe_in(folder: Path, way: str, output: Path) -> Recipe:
     """The ring's blocks on a CPU are for as many key heads as query heads; everything else shares key heads."""
-    model = folder / "models" / ("equal-heads" if way == "ring" else "grouped-heads")
-    settings = [*SETTINGS, f"model.source={model}", f"output_dir={output}", *WAYS.get(way, ())]
+    model = folder / "models" / ("equal-heads" if "ring" in way else "grouped-heads")
+    own = WAYS[way] if way in WAYS else dict(ALONE.values()).get(way, ())
+    settings = [*SETTINGS, f"model.source={model}", f"output_dir={output}", *own]
     return recipe_of(str(folder / "recipe.yaml"), settings)
+
+
+def train(recipe: Recipe, reporter: SilentReporter) -> None:
+    AcceleratorState._reset_state()  # a process keeps the precision of its first run
+    extend(recipe, reporter, last_stage="train")
 
 
 def train_every_way(place: str, ways: list[str]) -> None:
@@ -63,7 +79,7 @@ def train_every_way(place: str, ways: list[str]) -> None:
             held["whole"] = sum(found.numel() for found in shared)
             held["mine"] = sum(found.to_local().numel() for found in shared)
 
-        extend(recipe_in(folder, way, folder / way), SilentReporter(on_step=note), last_stage="train")
+        train(recipe_in(folder, way, folder / way), SilentReporter(on_step=note))
         (folder / way / f"rank-{torch.distributed.get_rank()}.json").write_text(json.dumps(held))
         if way in ("fsdp2", "ulysses"):  # once more from the middle, as after an interruption
             again = folder / f"{way}-resumed"
@@ -72,7 +88,7 @@ def train_every_way(place: str, ways: list[str]) -> None:
                 for gone in ("adapter", "checkpoints/step-000004"):
                     shutil.rmtree(again / gone)
             torch.distributed.barrier()
-            extend(recipe_in(folder, way, again), SilentReporter(), last_stage="train")
+            train(recipe_in(folder, way, again), SilentReporter())
 
 
 @pytest.fixture(scope="module")
@@ -99,11 +115,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         timeout=500,
     )
     assert finished.returncode == 0, finished.stderr
-    extend(recipe_in(folder, "one", folder / "one"), SilentReporter(), last_stage="train")
-    if "ring" in ways:
-        one = recipe_in(folder, "ring", folder / "one-equal-heads")
-        alone = one.model_copy(update={"parallel": type(one.parallel)()})
-        extend(alone, SilentReporter(), last_stage="train")
+    for name in {ALONE[way][0] if way in ALONE else "one" for way in ways}:
+        train(recipe_in(folder, name, folder / name), SilentReporter())
     return folder
 
 
@@ -115,20 +128,22 @@ def run_of(runs: Path, way: str) -> Path:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_two_processes_give_the_losses_weights_and_moments_of_one(runs: Path, way: str) -> None:
-    run, one = run_of(runs, way), runs / ("one-equal-heads" if way == "ring" else "one")
+    run, one = run_of(runs, way), runs / (ALONE[way][0] if way in ALONE else "one")
+    rounding = 40 if way == "fsdp2-mixed" else 1  # sums of bfloat16 products in another order
+    weights = "trained/model" if way == "fsdp2-full" else "adapter/adapter_model"
     mine, theirs = (step_lines(folder) for folder in (run, one))
     assert [line["step"] for line in mine] == [1, 2, 3, 4]
     for line, expected in zip(mine, theirs, strict=True):
-        assert line["loss"] == pytest.approx(expected["loss"], abs=1e-5)
-        assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+        assert line["loss"] == pytest.approx(expected["loss"], abs=rounding * 1e-5)
+        assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=rounding * 1e-4)
         assert line["num_tokens"] == expected["num_tokens"]
-    for name in ("adapter/adapter_model", "checkpoints/step-000004/optimizer", "checkpoints/step-000004/adapter"):
+    for name in (weights, "checkpoints/step-000004/optimizer", "checkpoints/step-000004/adapter"):
         found, wanted = (load_file(folder / f"{name}.safetensors") for folder in (run, one))
         assert found.keys() == wanted.keys()
-        assert len(wanted) >= 28
+        assert len(wanted) >= 20
         for key, tensor in wanted.items():
             assert found[key].dtype == tensor.dtype
-            assert float((found[key] - tensor).abs().max()) < 1e-5, (name, key)
+            assert float((found[key] - tensor).abs().max()) < rounding * 1e-5, (name, key)
 
 
 @pytest.mark.parametrize("way", ["fsdp2", "ulysses-fsdp2"])

@@ -67,7 +67,6 @@ def test_weights_are_shared_where_they_do_not_fit_and_only_there(job: Job) -> No
         (["parallel.processes=8", "parallel.sequence=8"], "num_key_value_heads is 4"),
         (["parallel.processes=4", "parallel.sequence=4", "data.windows.length=90"], "windows of 90 tokens"),
         (["parallel.processes=2", "parallel.sequence=2", "train.compile=true"], "train.compile"),
-        (["parallel.processes=2", "parallel.sequence=2", "train.evaluate={every: 2}"], "train.evaluate"),
         (
             [
                 "parallel.processes=2",
