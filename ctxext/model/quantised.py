@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
 from ctxext.errors import ArtefactError, ResourceError, UnsupportedModelError, first_line
@@ -143,6 +143,52 @@ def load_quantised(
     # How the weights lie in memory is no property of the model that the adapter belongs to.
     del model.config.quantization_config
     return model
+
+
+def quantise_empty(model: Any, dtype: torch.dtype) -> None:
+    """Make of a model on the meta device what `load_quantised` makes of one with weights.
+
+    Raises:
+        ResourceError: bitsandbytes cannot be imported.
+    """
+    linear: Any = _linear_4bit()
+    from bitsandbytes.functional import quantize_4bit
+    from bitsandbytes.nn.modules import Params4bit
+
+    form: dict[str, Any] = {"compress_statistics": _DOUBLE, "quant_type": _TYPE, "quant_storage": dtype}
+    for name in layers_in_4_bits(model):
+        plain: Any = model.get_submodule(name)
+        with torch.device("meta"):
+            layer = linear(plain.in_features, plain.out_features, plain.bias is not None, dtype, **form)
+        # Scales that are not quantised themselves, which come later: bitsandbytes keeps the first table that it makes
+        # for those, and must not make it here.
+        packed, state = quantize_4bit(plain.weight.data, **{**form, "compress_statistics": False})
+        layer.weight = Params4bit(packed, quant_state=state, module=layer, bnb_quantized=True, **form)
+        layer.quant_state = state
+        layer.support_avx512bf16_for_cpu = False
+        model.set_submodule(name, layer)
+    model.is_loaded_in_4bit = True  # where peft looks for it
+
+
+def is_in_4_bits(module: nn.Module) -> bool:
+    """Whether it is a linear layer that `load_quantised` or `quantise_empty` made."""
+    return hasattr(module, "quant_state") and isinstance(module, nn.Linear)
+
+
+def block_scales(layer: Any) -> dict[str, Tensor]:
+    """All that gives the bytes of a layer in 4 bits their meaning."""
+    found: dict[str, Tensor] = layer.weight.quant_state.as_dict(packed=True)
+    return found
+
+
+def set_block_scales(layer: Any, scales: dict[str, Tensor]) -> None:
+    """Give a layer what `block_scales` found in another.
+
+    It is kept beside the weight, where bitsandbytes finds it whenever FSDP2 has put another parameter in its place.
+    """
+    from bitsandbytes.functional import QuantState
+
+    layer.quant_state = QuantState.from_dict(dict(scales), device=scales["absmax"].device)
 
 
 def _settings(config: PreTrainedConfig, dtype: torch.dtype) -> BitsAndBytesConfig:

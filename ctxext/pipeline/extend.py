@@ -273,14 +273,12 @@ def _load_trained(job: _Job, folder: Path, method: RopeMethod) -> Any:
 
 def _load_for_training(job: _Job, config: PreTrainedConfig, attention: str) -> PreTrainedModel:
     """Where weights are shared, one process reads them into host memory and the others wait for their part."""
-    if job.recipe.adaptation == "qlora":  # every process holds all of them
-        model = load_quantised(job.source, config, dtype=job.dtype, device=job.device, attention=attention)
-    elif not job.parallel.sharded:
-        return _load(job, config, attention)
-    elif not job.is_main:
-        return empty_model(config, job.dtype, attention)
-    else:
-        model = load_model(job.source, config, dtype=job.dtype, device=torch.device("cpu"), attention=attention)
+    in_4_bits, sharded = job.recipe.adaptation == "qlora", job.parallel.sharded
+    if sharded and not job.is_main:
+        return empty_model(config, job.dtype, attention, in_4_bits=in_4_bits)
+    load = load_quantised if in_4_bits else load_model
+    device = torch.device("cpu") if sharded else job.device
+    model = load(job.source, config, dtype=job.dtype, device=device, attention=attention)
     job.reporter.info(verify_positions(model, config).summary())
     return model
 

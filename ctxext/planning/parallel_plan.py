@@ -150,8 +150,9 @@ def _wrong_sharding(recipe: Recipe, processes: int) -> Iterator[UsageError]:
         yield _refused("parallel.shard", "fsdp2", "train.compile with shared weights is not built")
     if recipe.train.evaluate is not None:
         yield _refused("parallel.shard", "fsdp2", "train.evaluate needs a process that holds all weights")
-    if recipe.adaptation == "qlora":
-        yield _refused("parallel.shard", "fsdp2", "4-bit weights are small enough for every process to hold them all")
+    if recipe.adaptation == "qlora" and recipe.lora.weight_decomposed:
+        why = "lora.weight_decomposed starts from 4-bit weights, which only the process that reads them has"
+        yield _refused("parallel.shard", "fsdp2", why)
 
 
 def _wrong_sequence(recipe: Recipe) -> Iterator[UsageError]:

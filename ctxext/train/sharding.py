@@ -6,6 +6,9 @@ what trains; all that trains in one layer must have the same.
 
 One process reads the weights. They go from it to the others layer after layer, and every process keeps its part of one
 layer before the next arrives: a device holds one whole layer at most, and host memory holds the model once.
+
+Weights in 4 bits are quantised by that one process, on its CPU, then shared and gathered as bytes. The scales of their
+blocks, a thirtieth of their size, are whole in every process.
 """
 
 from __future__ import annotations
@@ -24,14 +27,23 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ctxext.errors import UsageError
+from ctxext.model.quantised import block_scales, is_in_4_bits, quantise_empty, set_block_scales
 
 
-def empty_model(config: PreTrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
-    """The model without weights, for the processes that get theirs from the one that reads them."""
+def empty_model(
+    config: PreTrainedConfig, dtype: torch.dtype, attention: str, *, in_4_bits: bool = False
+) -> PreTrainedModel:
+    """The model without weights, for the processes that get theirs from the one that reads them.
+
+    Args:
+        in_4_bits: the one that reads them quantises them (`load_quantised`).
+    """
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             copy.deepcopy(config), dtype=dtype, attn_implementation=attention
         )
+    if in_4_bits:
+        quantise_empty(model, dtype)
     model.eval()
     return model
 
@@ -103,18 +115,34 @@ def _receive(module: nn.Module, device: torch.device) -> None:
         for name, tensor in getattr(owner, kind).items()
         if tensor is not None and not isinstance(tensor, DTensor)
     ]
+    in_4_bits = [owner for owner, _, name, _ in places if name == "weight" and is_in_4_bits(owner)]
+    scales = [block_scales(layer) if dist.get_rank() == 0 else {} for layer in in_4_bits]
     # Precisions can differ from what a model without weights has: some families keep parts in float32 when they load.
-    kinds: list[Any] = [[(tensor.shape, tensor.dtype) for *_, tensor in places]]
+    kinds: list[Any] = [
+        [(tensor.shape, tensor.dtype) for *_, tensor in places],
+        [[(name, tensor.shape, tensor.dtype) for name, tensor in each.items()] for each in scales],
+    ]
     dist.broadcast_object_list(kinds, src=0, device=device)
     received: dict[int, Tensor] = {}  # a tensor with two places (tied embeddings) stays one
     for (owner, kind, name, tensor), (shape, dtype) in zip(places, kinds[0], strict=True):
         if id(tensor) not in received:
-            is_main = dist.get_rank() == 0
-            value = tensor.detach().to(device) if is_main else torch.empty(shape, dtype=dtype, device=device)
-            dist.broadcast(value.contiguous() if is_main else value, src=0)
+            value = _broadcast(tensor.detach(), shape, dtype, device)
             is_parameter = isinstance(tensor, nn.Parameter)
             received[id(tensor)] = nn.Parameter(value, tensor.requires_grad) if is_parameter else value
         getattr(owner, kind)[name] = received[id(tensor)]
+    for layer, mine, stored in zip(in_4_bits, scales, kinds[1], strict=True):
+        whole_scales = {name: _broadcast(mine.get(name), shape, dtype, device) for name, shape, dtype in stored}
+        set_block_scales(layer, whole_scales)
+
+
+def _broadcast(mine: Tensor | None, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A plain tensor on `device` with the main process's numbers, which may come in a subclass (bitsandbytes')."""
+    value = torch.empty(shape, dtype=dtype, device=device)
+    if dist.get_rank() == 0:
+        assert mine is not None
+        value.copy_(mine)
+    dist.broadcast(value, src=0)
+    return value
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import json
 import os
 import shutil
@@ -42,14 +43,32 @@ WAYS = {
     # Frozen weights in bfloat16 beside float32 ones that train whole, and computed with rounded.
     "fsdp2-mixed": ("parallel.shard=fsdp2", "model.dtype=bfloat16", "lora.embeddings_and_norms=true"),
     "fsdp2-full": ("parallel.shard=fsdp2", "adaptation=full", "lora={}"),
+    # The base in 4 bits: gathered again for the backward pass, and there for a repeated forward pass or not.
+    "fsdp2-qlora": ("parallel.shard=fsdp2", "adaptation=qlora"),
+    "fsdp2-qlora-kept": ("parallel.shard=fsdp2", "adaptation=qlora", "train.activation_checkpointing=false"),
 }
 # The run of one process that a way is compared with, and what it has in common with it.
 ALONE = {
     "ring": ("one-ring", ()),
     "fsdp2-mixed": ("one-mixed", WAYS["fsdp2-mixed"][1:]),
     "fsdp2-full": ("one-full", WAYS["fsdp2-full"][1:]),
+    "fsdp2-qlora": ("one-qlora", WAYS["fsdp2-qlora"][1:]),
+    "fsdp2-qlora-kept": ("one-qlora", WAYS["fsdp2-qlora"][1:]),
 }
-SEQUENCE = tuple(way for way, settings in WAYS.items() if "parallel.sequence=2" in settings)
+# What a setting needs: module, and package.
+NEEDED = {
+    "parallel.sequence=2": ("ringmaster", "axolotl-ringmaster"),
+    "adaptation=qlora": ("bitsandbytes", "bitsandbytes"),
+}
+LINEAR = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64)  # weights of linear layers of the model with grouped heads
+
+
+def missing_package(way: str) -> str | None:
+    for setting in WAYS[way]:
+        module, package = NEEDED.get(setting, ("torch", "torch"))
+        if importlib.util.find_spec(module) is None:
+            return package
+    return None
 
 
 def recipe_in(folder: Path, way: str, output: Path) -> Recipe:
@@ -78,6 +97,9 @@ def train_every_way(place: str, ways: list[str]) -> None:
             shared = [found for found in parameters if isinstance(found, DTensor) and found.requires_grad]
             held["whole"] = sum(found.numel() for found in shared)
             held["mine"] = sum(found.to_local().numel() for found in shared)
+            frozen = [found for found in parameters if isinstance(found, DTensor) and not found.requires_grad]
+            held["frozen"] = sum(found.numel() for found in frozen)
+            held["my_frozen"] = sum(found.to_local().numel() for found in frozen)
 
         train(recipe_in(folder, way, folder / way), SilentReporter(on_step=note))
         (folder / way / f"rank-{torch.distributed.get_rank()}.json").write_text(json.dumps(held))
@@ -99,12 +121,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_tiny_model(folder / "models" / "grouped-heads", num_attention_heads=4, num_key_value_heads=2)
     save_tiny_model(folder / "models" / "equal-heads", num_attention_heads=4, num_key_value_heads=4)
     assert job.recipe_path == folder / "recipe.yaml"
-    try:
-        import ringmaster  # noqa: F401
-
-        ways = [*WAYS]
-    except ImportError:
-        ways = [way for way in WAYS if way not in SEQUENCE]
+    ways = [way for way in WAYS if missing_package(way) is None]
     # A fresh interpreter forks the two: this one may hold threads, which do not survive a fork.
     path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     finished = subprocess.run(
@@ -121,8 +138,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_of(runs: Path, way: str) -> Path:
-    if not (runs / way).is_dir():
-        pytest.skip("axolotl-ringmaster is not installed")
+    if (missing := missing_package(way)) is not None:
+        pytest.skip(f"{missing} is not installed")
     return runs / way
 
 
@@ -146,14 +163,22 @@ def test_two_processes_give_the_losses_weights_and_moments_of_one(runs: Path, wa
             assert float((found[key] - tensor).abs().max()) < rounding * 1e-5, (name, key)
 
 
-@pytest.mark.parametrize("way", ["fsdp2", "ulysses-fsdp2"])
-def test_with_shared_weights_a_process_holds_half_of_what_trains(runs: Path, way: str) -> None:
+@pytest.mark.parametrize("way", ["fsdp2", "ulysses-fsdp2", "fsdp2-qlora"])
+def test_with_shared_weights_a_process_holds_half_of_them(runs: Path, way: str) -> None:
     held = [json.loads((run_of(runs, way) / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
     for facts in held:
         assert facts["sharded_modules"] == 3  # two layers, and everything else
         assert facts["mine"] * 2 == facts["whole"] > 0
+        assert facts["my_frozen"] * 2 == facts["frozen"] > 0
     unshared = json.loads((runs / "ddp" / "rank-0.json").read_text())
-    assert unshared == {"sharded_modules": 0, "whole": 0, "mine": 0}
+    assert set(unshared.values()) == {0}
+
+
+def test_weights_in_4_bits_are_shared_as_they_lie_in_memory(runs: Path) -> None:
+    plain, quantised = (
+        json.loads((run_of(runs, way) / "rank-1.json").read_text())["frozen"] for way in ("fsdp2", "fsdp2-qlora")
+    )
+    assert plain - quantised == LINEAR * 7 // 8  # half a byte each instead of four
 
 
 @pytest.mark.parametrize("way", ["fsdp2", "ulysses"])

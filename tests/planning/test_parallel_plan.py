@@ -48,6 +48,7 @@ def test_weights_are_shared_where_they_do_not_fit_and_only_there(job: Job) -> No
     assert small.sharded
     assert small.reason == "they do not fit one device"
     assert small.sharding.weights == 4
+    assert plan_of(job, large, "train.memory.device_gib=0.02", "parallel.processes=4", "adaptation=qlora").sharded
     assert not plan_of(job, large, ELSEWHERE, "parallel.processes=4").sharded
     assert plan_of(job, large, ELSEWHERE, "parallel.processes=4", "parallel.shard=fsdp2").sharded
     assert not plan_of(job, large, "train.memory.device_gib=0.05").sharded
@@ -63,7 +64,15 @@ def test_weights_are_shared_where_they_do_not_fit_and_only_there(job: Job) -> No
         (["parallel.shard=fsdp2"], "one process, with nobody to share"),
         (["parallel.processes=2", "parallel.shard=fsdp2", "train.optimizer=adamw-8bit"], "8-bit moments"),
         (["parallel.processes=2", "parallel.shard=fsdp2", "train.compile=true"], "train.compile"),
-        (["parallel.processes=2", "parallel.shard=fsdp2", "adaptation=qlora"], "4-bit weights"),
+        (
+            [
+                "parallel.processes=2",
+                "parallel.shard=fsdp2",
+                "adaptation=qlora",
+                "lora.weight_decomposed=true",
+            ],
+            "starts from 4-bit weights",
+        ),
         (["parallel.processes=8", "parallel.sequence=8"], "num_key_value_heads is 4"),
         (["parallel.processes=4", "parallel.sequence=4", "data.windows.length=90"], "windows of 90 tokens"),
         (["parallel.processes=2", "parallel.sequence=2", "train.compile=true"], "train.compile"),

@@ -120,6 +120,10 @@ def test_sharding_divides_the_4_bit_weights_and_not_their_scales() -> None:
     )
     assert four.split["4-bit weights"] == -(-one.split["4-bit weights"] // 4)
     assert four.split["scales of 4-bit weights"] == one.split["scales of 4-bit weights"]
+    plain = trace_step(tiny_config(**SHAPE), LORA, Savings(1), shape, SummedLoss, Sharding(weights=4))
+    layer = 2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 1024  # gathered as it lies in memory; two at a time
+    saved = plain.split["gathered layers"] - four.split["gathered layers"]
+    assert saved == 2 * (4 * layer - layer // 2)
 
 
 def test_moments_in_8_bits_are_traced_as_such() -> None:
