@@ -29,6 +29,7 @@ from ctxext.export.proof import (
     COMPUTED,
     ROUNDED_WEIGHTS,
     SAME_WEIGHTS,
+    LogitDifference,
     LoraTarget,
     MergeProof,
     MergeTarget,
@@ -36,6 +37,7 @@ from ctxext.export.proof import (
     check_logits,
     device_for_logits,
     meta_model,
+    probe,
     probe_ids,
     probe_logits,
     prove_by_samples,
@@ -227,10 +229,8 @@ def merge_streamed(
         shown = prove_by_samples(partial, plan.weights, plan.targets, plan.config, destination)
         device = device_for_logits(plan.weights.num_parameters, choose_device())
         if proof == "logits" or (proof == "auto" and device is not None):
-            difference = _prove_by_logits(
-                partial, placement, plan, tokenizer, device or torch.device("cpu"), destination
-            )
-            shown = replace(shown, largest_logit_difference=difference)
+            found = _prove_by_logits(partial, placement, plan, tokenizer, device or torch.device("cpu"), destination)
+            shown = replace(shown, largest_logit_difference=found.largest, choices=found.choices)
         write_manifest(partial, kind="merged")
     return replace(shown, way=f"merged file by file; {report.summary()}", warnings=placement.warnings)
 
@@ -259,10 +259,10 @@ def write_merged(
     require_free_space(
         folder, int(sum(p.numel() * p.element_size() for p in base.parameters()) * 1.05), "the merged checkpoint"
     )
-    probe = probe_ids(tokenizer)
-    expected = probe_logits(model, probe, target_length)
+    ids = probe_ids(tokenizer)
+    expected = probe(model, ids, target_length)
     merged = merged_in_memory(model)
-    same_weights = probe_logits(merged, probe, target_length)
+    same_weights = probe(merged, ids, target_length, like=expected)
     config = _take_exported_form(merged)
     with tensor_write_errors(folder), directory_atomic(folder) as partial:
         with quiet():
@@ -271,12 +271,12 @@ def write_merged(
         _write_companions(partial, tokenizer, provenance)
         del merged
         reloaded = read_back(partial, dtype, device)
-        actual = probe_logits(reloaded, probe, target_length)
+        actual = probe(reloaded, ids, target_length, like=expected)
         check_logits(actual, same_weights, SAME_WEIGHTS[dtype], folder)
-        difference = check_logits(actual, expected, COMPUTED[dtype], folder)
+        found = check_logits(actual, expected, COMPUTED[dtype], folder)
         verification = verify_positions(reloaded, config)
         write_manifest(partial, kind="merged")
-    return reloaded, MergeProof(folder, difference, verification)
+    return reloaded, MergeProof(folder, found.largest, verification, found.choices)
 
 
 def _take_exported_form(merged: Any) -> PreTrainedConfig:
@@ -526,17 +526,17 @@ def _prove_by_logits(
     tokenizer: Any,
     device: torch.device,
     destination: Path,
-) -> float:
+) -> LogitDifference:
     """Base + adapter first, then the merged checkpoint, both computed in float32; never both in memory.
 
     In half precision the computation alone would differ by more than a lost RoPE scaling does.
     """
-    probe, target_length = probe_ids(tokenizer), int(text_config(plan.config).max_position_embeddings)
+    ids, target_length = probe_ids(tokenizer), int(text_config(plan.config).max_position_embeddings)
     tolerance = max(ROUNDED_WEIGHTS[FLOAT_TYPES[plan.weights.tensors[name].dtype]] for name in plan.targets)
     model = load_model(placement.source, plan.config, dtype=torch.float32, device=device)
     verify_positions(model, plan.config)
-    expected = probe_logits(placement.apply(model).eval(), probe, target_length)
+    expected = probe(placement.apply(model).eval(), ids, target_length)
     del model
     reloaded = read_back(folder, torch.float32, device)
     verify_positions(reloaded, plan.config)
-    return check_logits(probe_logits(reloaded, probe, target_length), expected, tolerance, destination)
+    return check_logits(probe(reloaded, ids, target_length, like=expected), expected, tolerance, destination)

@@ -9,7 +9,7 @@ up to the target length, because a merge that lost its RoPE looks right at short
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from ctxext.data import words
 from ctxext.data.boundaries import encode_plain
 from ctxext.errors import ArtefactError
 from ctxext.export.stored import StoredWeights, TensorInfo, checkpoint_tensors, open_source, read_range, read_tensor
+from ctxext.model.expert_choices import Choice, ChoiceDifference, ChoiceRecorder, compare_choices
 from ctxext.model.load import quiet
 from ctxext.rope.verify import RopeVerification, verify_positions
 
@@ -37,6 +38,10 @@ ROUNDED_WEIGHTS = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 1e-2
 # this says little, so what is read back is also compared with the merged model in memory, which has the same weights.
 COMPUTED = {torch.float32: 1e-5, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 SAME_WEIGHTS = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3}
+# The same limits times this hold for the scores by which tokens are sent to experts, relative to the largest score:
+# most are a softmax, which turns an absolute error of its logits into a relative one. Measured on tiny random models of
+# ten classes, rounded once to bfloat16: 3e-3 to 1e-2, their logits 5e-3 to 2e-2.
+SCORES_FACTOR = 4.0
 # The model in float32, one mapped file of its weights, and what a forward pass needs.
 MEMORY_FACTOR = 1.5
 _PROBE_TOKENS = 48
@@ -63,6 +68,7 @@ class MergeProof:
         folder: of the merged checkpoint.
         largest_logit_difference: between base + adapter and what was read back; None when no logits were compared.
         verification: of the positions that the written config gives.
+        choices: of experts, which were the same while logits were compared; None in dense models.
         way: how it was merged, and why not otherwise.
         num_merged_tensors, num_other_tensors: compared by samples; 0 after a merge in memory.
         quantised: how far it is from what was trained, where the base was quantised for training.
@@ -72,6 +78,7 @@ class MergeProof:
     folder: Path
     largest_logit_difference: float | None
     verification: RopeVerification
+    choices: ChoiceDifference | None = None
     way: str = "merged in memory"
     num_merged_tensors: int = 0
     num_other_tensors: int = 0
@@ -89,11 +96,18 @@ class MergeProof:
         lines.append(
             "no logits compared, which needs memory for the whole model in float32"
             if self.largest_logit_difference is None
-            else f"merged checkpoint read back by stock transformers: largest logit difference to base + adapter "
-            f"{self.largest_logit_difference:.1e}"
+            else self.comparison("base + adapter")
         )
         lines += [self.verification.summary(), *([self.quantised] if self.quantised else [])]
         return [*lines, *(f"warning: {warning}" for warning in self.warnings)]
+
+    def comparison(self, expected: str) -> str:
+        """What was compared, for people; `expected` names what with."""
+        text = (
+            f"merged checkpoint read back by stock transformers: largest logit difference to {expected} "
+            f"{self.largest_logit_difference:.1e}"
+        )
+        return text if self.choices is None else f"{text}, {self.choices.words()}"
 
 
 @dataclass(frozen=True)
@@ -136,12 +150,47 @@ def probe_ids(tokenizer: Any) -> list[int]:
     return ids[:_PROBE_TOKENS]
 
 
+@dataclass(frozen=True)
+class Probed:
+    """A model's answer to the probe.
+
+    Attributes:
+        logits: [1, S, V].
+        choices: of experts that the model made, or would have made; none in dense models.
+    """
+
+    logits: Tensor
+    choices: Sequence[Choice] = ()
+
+
+@dataclass(frozen=True)
+class LogitDifference:
+    """How far two models' answers to the probe are apart.
+
+    Attributes:
+        largest: of their logits.
+        choices: of experts; None in dense models.
+    """
+
+    largest: float
+    choices: ChoiceDifference | None
+
+
 def probe_logits(model: Any, ids: list[int], target_length: int) -> Tensor:
     """Logits [1, S, V] of `ids`, the second half of which sits at the end of the target range."""
+    return probe(model, ids, target_length).logits
+
+
+def probe(model: Any, ids: list[int], target_length: int, like: Probed | None = None) -> Probed:
+    """Logits of `ids`, the second half of which sits at the end of the target range.
+
+    Args:
+        like: of another model, whose choices of experts are repeated.
+    """
     half = len(ids) // 2
     positions = torch.cat([torch.arange(half), torch.arange(target_length - len(ids) + half, target_length)])
     device = model.get_input_embeddings().weight.device
-    with torch.inference_mode():
+    with torch.inference_mode(), ChoiceRecorder(like.choices if like else ()) as recorder:
         output = model(
             input_ids=torch.tensor([ids], device=device),
             position_ids=positions[None].to(device),
@@ -149,8 +198,7 @@ def probe_logits(model: Any, ids: list[int], target_length: int) -> Tensor:
             attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=device),
             use_cache=False,
         )
-    logits: Tensor = output.logits.float().cpu()
-    return logits
+    return Probed(output.logits.float().cpu(), recorder.choices)
 
 
 def read_back(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -163,14 +211,17 @@ def read_back(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrai
     return loaded
 
 
-def check_logits(actual: Tensor, expected: Tensor, tolerance: float, folder: Path) -> float:
+def check_logits(actual: Probed, expected: Probed, tolerance: float, folder: Path) -> LogitDifference:
     """The largest difference between the merged checkpoint's logits and the expected ones.
 
+    Args:
+        actual: with the expected one's choices of experts repeated.
+
     Raises:
-        ArtefactError: it is more than rounding.
+        ArtefactError: it is more than rounding, or the scores for experts differ by more.
     """
-    difference = float((actual - expected).abs().max())
-    allowed = tolerance * float(expected.abs().max())
+    difference = float((actual.logits - expected.logits).abs().max())
+    allowed = tolerance * float(expected.logits.abs().max())
     if not difference <= allowed:
         raise ArtefactError(
             "the merged checkpoint does not give the logits of base + adapter",
@@ -179,7 +230,16 @@ def check_logits(actual: Tensor, expected: Tensor, tolerance: float, folder: Pat
             expected=f"a largest difference of {allowed:.2g}",
             hint="Please report this.",
         )
-    return difference
+    choices = compare_choices(actual.choices, expected.choices)
+    if choices is not None and not choices.largest_score <= SCORES_FACTOR * tolerance:
+        raise ArtefactError(
+            "the merged checkpoint does not send tokens to the experts of base + adapter",
+            where=str(folder),
+            got=choices.words(),
+            expected=f"scores that differ by at most {SCORES_FACTOR * tolerance:.2g} of the largest",
+            hint="Please report this.",
+        )
+    return LogitDifference(difference, choices)
 
 
 def available_memory() -> int:

@@ -107,6 +107,18 @@ def auxiliary_coefficient(model: Any) -> float | None:
     return None
 
 
+def auxiliary_coefficient_in_use(model: Any, router_loss: float | None) -> float:
+    """What the auxiliary loss is multiplied with in training; 0.0 where the class has no such loss.
+
+    Args:
+        router_loss: of the recipe; goes before the model's own.
+    """
+    own = auxiliary_coefficient(model)
+    if own is None:
+        return 0.0
+    return own if router_loss is None else router_loss
+
+
 def forward_with_auxiliary_loss(model: Any, decoder: nn.Module, **arguments: Any) -> tuple[Tensor, Tensor]:
     """Last hidden states [B, S, D] and the auxiliary loss without its coefficient, as the model's own class has it.
 

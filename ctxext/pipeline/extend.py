@@ -486,11 +486,7 @@ def _merge(job: _Job) -> PreTrainedModel | None:
         origin = {"source": job.origin.source.name, "revision": job.origin.source.revision}
         provenance |= {"base": {**origin, "fingerprint": job.origin.fingerprint}, "stages": job.origin.stages}
     model, proof = write_merged(job.run.merged, wrapped, job.tokenizer, provenance)
-    job.reporter.info(
-        "merged checkpoint read back by stock transformers: largest logit difference to "
-        f"{'the trained model' if job.trained_name == WHOLE_NAME else 'base + adapter'} "
-        f"{proof.largest_logit_difference:.1e}"
-    )
+    job.reporter.info(proof.comparison("the trained model" if job.trained_name == WHOLE_NAME else "base + adapter"))
     job.reporter.info(proof.verification.summary())
     if job.recipe.adaptation == "qlora":
         folder, config = job.run.path / job.trained_name, _config_for(job, job.recipe.rope)

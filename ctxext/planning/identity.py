@@ -6,7 +6,7 @@ from typing import Any
 
 from ctxext.evaluation.suite import Suite
 from ctxext.recipe.data import STREAMED
-from ctxext.recipe.effects import decisive, flat
+from ctxext.recipe.effects import WINDOWS_BALANCED, decisive, flat
 from ctxext.recipe.schema import Recipe
 
 
@@ -19,6 +19,7 @@ def decisive_values(
     weights: str,
     start: str | None,
     positions: dict[str, Any],
+    auxiliary_loss: bool,
 ) -> dict[str, Any]:
     """Everything that changes results, by key; see `recipe.effects`.
 
@@ -28,11 +29,14 @@ def decisive_values(
         weights: fingerprint of the base weights.
         start: hash of the adapter that training starts from, which decides by what it holds and not where it lies.
         positions: RoPE parameters of the extended config.
+        auxiliary_loss: whether routers are trained to be balanced, over the windows of one pass.
     """
     values = flat(recipe.model_dump(mode="json"))
     memory, train = recipe.train.memory, recipe.train
     values["train.memory.tile_tokens"] = memory.tile(window_tokens * train.windows_per_device)
     decided = decisive(values)
+    if auxiliary_loss:
+        decided[WINDOWS_BALANCED] = decided.pop("train.windows_per_device")
     if during is not None:
         decided["train.evaluate.suite"] = during.model_dump(mode="json")
     if start is not None:

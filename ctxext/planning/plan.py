@@ -21,7 +21,7 @@ from ctxext.model.liger import check_liger
 from ctxext.model.load import choose_device, load_config, resolve_source, weights_fingerprint
 from ctxext.model.lora import num_trainable
 from ctxext.model.quantised import check_bitsandbytes, quantisation_note
-from ctxext.model.routers import check_routers
+from ctxext.model.routers import auxiliary_coefficient_in_use, check_routers
 from ctxext.model.savings import check_savings
 from ctxext.model.start import check_start
 from ctxext.planning.cost import ModelShape, attention_width, num_matrix_parameters
@@ -159,6 +159,7 @@ def make_plan(recipe: Recipe) -> Plan:
         weights=weights,
         start=counts.start_sha256,
         positions={"theta": base.theta, **text_config(extended).rope_parameters},
+        auxiliary_loss=counts.auxiliary_loss,
     )
     return Plan(
         weights=weights,
@@ -240,6 +241,7 @@ class _Counts:
     trained: list[dict[str, Any]]
     notes: list[str]
     start_sha256: str | None
+    auxiliary_loss: bool
 
 
 def _count_parameters(config: Any, recipe: Recipe, weights: str, positions: str) -> _Counts:
@@ -247,6 +249,7 @@ def _count_parameters(config: Any, recipe: Recipe, weights: str, positions: str)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
         check_routers(model, recipe.train)
+        auxiliary_loss = auxiliary_coefficient_in_use(model, recipe.train.router_loss) > 0
         total = sum(parameter.numel() for parameter in model.parameters())
         matrices = num_matrix_parameters(model)
         notes = frozen_notes(model, recipe.adaptation, recipe.lora)
@@ -257,7 +260,8 @@ def _count_parameters(config: Any, recipe: Recipe, weights: str, positions: str)
     if recipe.lora.start_from is not None:
         start = check_start(adapted, recipe.lora, base=recipe.model.source, fingerprint=weights, positions=positions)
         notes = [*notes, *start.notes]
-    return _Counts(total, num_trainable(adapted), matrices, trained, notes, start.sha256 if start else None)
+    sha256 = start.sha256 if start else None
+    return _Counts(total, num_trainable(adapted), matrices, trained, notes, sha256, auxiliary_loss)
 
 
 def _on_existing(values: dict[str, Any]) -> OnExisting:

@@ -54,6 +54,7 @@ _TABLE: dict[str, dict[Effect, str]] = {
     "evaluation.gates": {"none": "tail effective_length short_context_cost better_than by"},
 }
 
+WINDOWS_BALANCED = "windows-balanced-together"
 # What else decides, besides the keys of a recipe.
 _BESIDES: dict[str, Effect] = {
     "base-weights": "fixed",
@@ -61,6 +62,8 @@ _BESIDES: dict[str, Effect] = {
     "left-out-documents": "results",
     "training-tokens": "results",
     "dtype-in-use": "results",
+    # `train.windows_per_device` of a model with an auxiliary loss, which depends on what passes together.
+    WINDOWS_BALANCED: "results",
     "device": "last-bits",
     "attention-in-use": "last-bits",
     "processes": "results",

@@ -21,7 +21,7 @@ from ctxext.model.documents import cumulative_arguments, documents_of
 from ctxext.model.liger import liger_summed_loss
 from ctxext.model.loss import IGNORE_INDEX, DecoderHead, summed_loss
 from ctxext.model.parts import causal_lm
-from ctxext.model.routers import auxiliary_coefficient, forward_with_auxiliary_loss
+from ctxext.model.routers import auxiliary_coefficient_in_use, forward_with_auxiliary_loss
 from ctxext.rope.families import text_config
 
 Split = Callable[..., tuple[Tensor, ...]]
@@ -49,8 +49,7 @@ class SummedLoss(nn.Module):
         super().__init__()
         self.model = model
         self._summed = liger_summed_loss if with_liger else summed_loss
-        own = auxiliary_coefficient(causal_lm(model))
-        self._coefficient = 0.0 if own is None else own if router_loss is None else router_loss
+        self._coefficient = auxiliary_coefficient_in_use(causal_lm(model), router_loss)
         self.parts: Tensor | None = None
         self.split: Split | None = None
 

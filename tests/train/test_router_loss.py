@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from rope.tiny_families import build, tiny_family_config
-from support import make_job
+from support import byte_tokenizer, make_job
 from torch import Tensor, nn
 
 from ctxext.data.packing import PackedWindow
@@ -249,3 +249,27 @@ def test_settings_for_routers_of_dense_models_are_refused_before_weights_are_loa
         make_plan(job.recipe("train.router_loss=0.01"))
     with pytest.raises(UsageError, match=r"train\.router_jitter: the model has no routers"):
         make_plan(job.recipe("train.router_jitter=0.01"))
+
+
+def test_what_passes_together_changes_results_where_routers_are_balanced_over_it(tmp_path: Any) -> None:
+    from ctxext.planning.plan import make_plan
+    from ctxext.recipe.effects import differences
+
+    job = make_job(tmp_path)
+    config = tiny_family_config("mixtral", vocab_size=260, bos_token_id=None, eos_token_id=256, pad_token_id=None)
+    build(config).save_pretrained(tmp_path / "mixture")
+    byte_tokenizer().save_pretrained(tmp_path / "mixture")
+    found = {}
+    for name, settings in {
+        "balanced": [f"model.source={tmp_path / 'mixture'}"],
+        "not balanced": [f"model.source={tmp_path / 'mixture'}", "train.router_loss=0"],
+        "dense": [],
+    }.items():
+        one, two = (make_plan(job.recipe(*settings, f"train.windows_per_device={n}")).decides for n in (1, 2))
+        found[name] = [(d.key, d.stored, d.new, d.effect) for d in differences(one, two)]
+    last_bits = [("train.windows_per_device", 1, 2, "last-bits")]
+    assert found == {
+        "balanced": [("windows-balanced-together", 1, 2, "results")],
+        "not balanced": last_bits,
+        "dense": last_bits,
+    }
