@@ -24,7 +24,7 @@ from ctxext.data import words
 from ctxext.data.boundaries import encode_plain
 from ctxext.errors import ArtefactError
 from ctxext.export.stored import StoredWeights, TensorInfo, checkpoint_tensors, open_source, read_range, read_tensor
-from ctxext.model.expert_choices import Choice, ChoiceDifference, ChoiceRecorder, compare_choices
+from ctxext.model.expert_choices import Choice, ChoiceDifference, choices_recorded, compare_choices
 from ctxext.model.load import quiet
 from ctxext.rope.verify import RopeVerification, verify_positions
 
@@ -190,7 +190,7 @@ def probe(model: Any, ids: list[int], target_length: int, like: Probed | None = 
     half = len(ids) // 2
     positions = torch.cat([torch.arange(half), torch.arange(target_length - len(ids) + half, target_length)])
     device = model.get_input_embeddings().weight.device
-    with torch.inference_mode(), ChoiceRecorder(like.choices if like else ()) as recorder:
+    with torch.inference_mode(), choices_recorded(model, like.choices if like else ()) as choices:
         output = model(
             input_ids=torch.tensor([ids], device=device),
             position_ids=positions[None].to(device),
@@ -198,7 +198,7 @@ def probe(model: Any, ids: list[int], target_length: int, like: Probed | None = 
             attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=device),
             use_cache=False,
         )
-    return Probed(output.logits.float().cpu(), recorder.choices)
+    return Probed(output.logits.float().cpu(), choices)
 
 
 def read_back(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:

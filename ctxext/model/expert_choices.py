@@ -6,19 +6,25 @@ there on their logits differ as those of different models do. With the choices o
 Whether the other had reason to choose otherwise is seen from the scores, which are compared too.
 
 Every `topk` counts as a choice, groups of experts and the tokens that sparse attention looks at included: classes
-differ in what their routers return, but all of transformers' own choose by it, except PhiMoE and Switch Transformers.
+differ in what their routers return, but nearly all of transformers' own choose by it. PhiMoE's chooses otherwise, and
+drops experts beyond a threshold from the weights as well: of such routers everything but the scores is repeated.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.hooks import RemovableHandle
+
+from ctxext.model.routers import Router, routers_of
 
 
 @dataclass(frozen=True)
@@ -28,14 +34,18 @@ class Choice:
     Attributes:
         scores: [..., N] float32.
         indices: [..., k] of the highest.
+        outputs: of a router that chose in another way than by `topk`, all that it returned.
     """
 
     scores: Tensor
     indices: Tensor
+    outputs: tuple[Tensor, ...] = ()
 
 
 class ChoiceRecorder(TorchDispatchMode):
     """Records what a model chooses of itself; with `repeated`, those choices take effect instead, in their order.
+
+    Made by `choices_recorded`, which also puts it at the model's routers.
 
     Attributes:
         choices: in the order of the forward pass; with `repeated`, those that the model would have made.
@@ -45,6 +55,7 @@ class ChoiceRecorder(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._repeated = repeated
         self.choices: list[Choice] = []
+        self._before_router = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -61,6 +72,39 @@ class ChoiceRecorder(TorchDispatchMode):
             return output  # `compare_choices` says that they are not the same choices
         indices = self._repeated[number].indices.to(indices.device)
         return scores.gather(args[2] if len(args) > 2 else -1, indices), indices
+
+    def before_router(self, module: nn.Module, given: Any) -> None:
+        """Forward pre-hook of a router."""
+        self._before_router = len(self.choices)
+
+    def after_router(self, router: Router, module: nn.Module, given: Any, output: Any) -> tuple[Tensor, ...] | None:
+        """Forward hook: routers that chose, but not by `topk`, are recorded and repeated here."""
+        number = len(self.choices)
+        if number > self._before_router or not isinstance(output, tuple) or not any(map(_is_index, output)):
+            return None
+        scores, indices = router.logits(output).to("cpu", torch.float32, copy=True), router.chosen(output, 0).cpu()
+        self.choices.append(Choice(scores, indices, tuple(part.cpu() for part in output)))
+        repeated = self._repeated[number].outputs if number < len(self._repeated) else ()
+        if [part.shape for part in repeated] != [part.shape for part in output]:
+            return None
+        pairs = enumerate(zip(output, repeated, strict=True))
+        return tuple(mine if place == router.index else theirs.to(mine) for place, (mine, theirs) in pairs)
+
+
+@contextmanager
+def choices_recorded(model: nn.Module, repeated: Sequence[Choice] = ()) -> Iterator[list[Choice]]:
+    """Inside, one forward pass of `model` fills the list with its choices, and makes those of `repeated` instead."""
+    recorder = ChoiceRecorder(repeated)
+    handles: list[RemovableHandle] = []
+    for router in routers_of(model):
+        handles.append(router.module.register_forward_pre_hook(recorder.before_router))
+        handles.append(router.module.register_forward_hook(partial(recorder.after_router, router)))
+    try:
+        with recorder:
+            yield recorder.choices
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @dataclass(frozen=True)
@@ -97,6 +141,10 @@ def compare_choices(actual: Sequence[Choice], expected: Sequence[Choice]) -> Cho
         others += int((chosen != wanted).any(dim=-1).sum())
         largest = max(largest, _relative(mine.scores, theirs.scores))
     return ChoiceDifference(count, others, largest) if expected else None
+
+
+def _is_index(part: Any) -> bool:
+    return isinstance(part, Tensor) and not part.is_floating_point() and part.dtype != torch.bool
 
 
 def _shapes(choices: Sequence[Choice]) -> list[tuple[torch.Size, torch.Size]]:
