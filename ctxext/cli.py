@@ -116,8 +116,7 @@ def extend(
     from ctxext.pipeline.stages import run_recipe
     from ctxext.pipeline.summary import print_smoke, print_summary
 
-    recipe, reporter = _recipe(what, overrides, target_length, method), _reporter()
-    _in_processes(recipe, reporter, processes)
+    recipe, reporter = _recipe_to_run(what, overrides, target_length, method, processes), _reporter()
     if smoke:
         print_smoke(reporter, recipe)
         return
@@ -145,8 +144,7 @@ def train(
     from ctxext.pipeline.run_folder import RunFolder
     from ctxext.pipeline.stages import run_recipe
 
-    recipe, reporter = _recipe(what, overrides, target_length, method), _reporter()
-    _in_processes(recipe, reporter, processes)
+    recipe, reporter = _recipe_to_run(what, overrides, target_length, method, processes), _reporter()
     run = run_recipe(recipe, reporter, last_stage="train", allow_inexact=allow_inexact)
     reporter.info(f"what was trained, with its extended config: {RunFolder(run).trained}")
 
@@ -804,7 +802,19 @@ def _words(words: list[str] | None) -> tuple[list[str], list[str]]:
     return [w for w in words or [] if "=" not in w], [w for w in words or [] if "=" in w]
 
 
-def _in_processes(recipe: Recipe, reporter: ConsoleReporter, asked: int | None) -> None:
+def _recipe_to_run(
+    what: str, overrides: list[str] | None, target_length: int | None, method: str | None, processes: int | None
+) -> Recipe:
+    """The recipe, once this process is one of those that run it: only they show it."""
+    from ctxext.pipeline.recipes import recipe_of
+
+    recipe = recipe_of(what, overrides or [], target_length, method)
+    _in_processes(recipe, processes)
+    _show(what, recipe)
+    return recipe
+
+
+def _in_processes(recipe: Recipe, asked: int | None) -> None:
     """Start several processes that do the same, when there are several devices, and end with their exit code."""
     from ctxext.pipeline.launch import check_plans, processes_to_start, run_in_processes, with_processes
 
@@ -812,17 +822,24 @@ def _in_processes(recipe: Recipe, reporter: ConsoleReporter, asked: int | None) 
     if processes == 1:
         return
     check_plans(with_processes(recipe, processes))  # here once, not in every process
-    reporter.info(f"starting {processes} processes (--num-processes 1 runs one)")
+    _reporter().info(f"starting {processes} processes (--num-processes 1 runs one)")
     sys.exit(run_in_processes(processes, sys.argv[1:]))
 
 
 def _recipe(what: str, overrides: list[str] | None, target_length: int | None, method: str | None) -> Recipe:
-    from ctxext.pipeline.recipes import is_recipe, recipe_of
+    from ctxext.pipeline.recipes import recipe_of
 
     recipe = recipe_of(what, overrides or [], target_length, method)
+    _show(what, recipe)
+    return recipe
+
+
+def _show(what: str, recipe: Recipe) -> None:
+    """Print the recipe that was made of a model's name; the user knows a recipe of their own."""
+    from ctxext.pipeline.recipes import is_recipe
+
     if not is_recipe(what):
         _reporter().recipe(recipe)
-    return recipe
 
 
 def _reporter(*, stderr: bool = False) -> ConsoleReporter:
@@ -839,6 +856,9 @@ def main() -> None:
     # Libraries ask the hub for updates and print progress of their own; neither belongs into this program's output.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    # PyTorch's profiler, which measures memory on CPUs, otherwise writes lines of its own between ours.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         if _LAUNCHERS & os.environ.keys():
             from ctxext.pipeline.launch import join_launch

@@ -3,7 +3,7 @@
     pip install -e '.[bench,quickstart]'
     python tests/gpu/run_all.py --output runs/gpu              # all of it; done commands are kept and not run again
     python tests/gpu/run_all.py --output runs/gpu --only steps # or: tests, models
-    python tests/gpu/run_all.py --output /tmp/dry --dry-run    # the same commands on a CPU, with a tiny shape
+    python tests/gpu/run_all.py --output runs/dry --dry-run   # the same commands on a CPU, with a tiny shape
 
 Every command ends within ten minutes. Three groups:
 
