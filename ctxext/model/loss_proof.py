@@ -26,8 +26,8 @@ _HALF_PRECISION = 2.0**-5
 def prove_loss(model: nn.Module) -> bool:
     """Compare the losses of every word at 16 positions with those from the model's own logits.
 
-    Two short forward passes in eval mode. What cannot be asked is left alone: what is no transformers model, and
-    weights that are sharded over processes or not there yet.
+    Two short forward passes in eval mode. What cannot be asked is left alone: what is no transformers model,
+    weights that are sharded over processes or not there yet, and broken weights, whose logits are no numbers either way.
 
     Returns:
         Whether it could be asked.
@@ -47,6 +47,8 @@ def prove_loss(model: nn.Module) -> bool:
             ours = parts.logits(parts.hidden_states(**arguments)).to(theirs.device)
         except (AttributeError, RuntimeError, TypeError) as error:
             raise _unsupported(model, f"it cannot be computed at all ({first_line(error)})") from error
+    if not bool(theirs.isfinite().all() or ours.isfinite().all()):
+        return False  # broken weights give no numbers either way; whatever measures or trains them says so
     tolerance = _TOLERANCES.get(model.dtype, _HALF_PRECISION)
     if ours.shape != theirs.shape:
         raise _unsupported(model, f"logits of {tuple(ours.shape)} instead of {tuple(theirs.shape)}")
