@@ -176,7 +176,13 @@ def _while_all_live() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise ResourceError(
-            "another process of this run ended before its share was done",
-            hint="Its own message says why. Finished samples and checkpoints are saved; the same command goes on.",
-        ) from error
+        raise another_ended() from error
+
+
+def another_ended() -> ResourceError:
+    """What every process says that notices it, wherever it does."""
+    return ResourceError(
+        "another process of this run ended before its share was done",
+        where=f"process {os.environ.get('RANK', '0')}",
+        hint="Its own message says why. Finished samples and checkpoints are saved; the same command goes on.",
+    )

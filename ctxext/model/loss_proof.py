@@ -27,7 +27,7 @@ def prove_loss(model: nn.Module) -> bool:
     """Compare the losses of every word at 16 positions with those from the model's own logits.
 
     Two short forward passes in eval mode. What cannot be asked is left alone: what is no transformers model,
-    weights that are sharded over processes or not there yet, and broken weights, whose logits are no numbers either way.
+    weights that are sharded over processes or not there yet, and broken weights, whose logits are no numbers anyway.
 
     Returns:
         Whether it could be asked.

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration
 from torch import nn
 from transformers import PreTrainedConfig
@@ -101,6 +102,8 @@ def make_accelerator(dtype: torch.dtype, device: torch.device, trackers: list[st
     """
     require_all_processes()
     require_trackers(trackers)
+    # Accelerate keeps one precision for the life of a process and refuses another; a notebook trains more than once.
+    AcceleratorState._reset_state()
     accelerator = Accelerator(
         cpu=device.type == "cpu",
         mixed_precision="bf16" if dtype == torch.bfloat16 else "no",

@@ -13,7 +13,7 @@ from torch import nn
 
 from ctxext.data.order import Share
 from ctxext.errors import ResourceError
-from ctxext.evaluation.sharding import this_launch
+from ctxext.evaluation.sharding import another_ended, this_launch
 from ctxext.model.load import quiet
 from ctxext.planning.parallel_plan import ParallelPlan
 from ctxext.train.sharding import no_sync_of, shard, whole_trained
@@ -87,11 +87,7 @@ class Together:
         except RuntimeError as error:
             if self.plan.processes == 1 or not _means_gone(error):
                 raise
-            raise ResourceError(
-                "another process of the training ended",
-                where=f"process {self._accelerator.process_index}",
-                hint="Its own message says why. The same command goes on from the last checkpoint.",
-            ) from error
+            raise another_ended() from error
 
 
 def _means_gone(error: RuntimeError) -> bool:

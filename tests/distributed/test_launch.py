@@ -69,7 +69,7 @@ def test_a_killed_process_ends_the_others_and_a_signal_stops_all_of_them_after_a
     output, _ = first.communicate(timeout=100)
     assert first.returncode == 4
     assert "starting 2 processes" in output
-    assert "another process of the training ended" in output
+    assert "another process of this run ended before its share was done" in output
     assert "process 1 was killed (SIGKILL)" in output
     assert not any(worker.is_running() for worker in workers)
     assert read_json(job.output / "status.json")["exit_code"] == 4

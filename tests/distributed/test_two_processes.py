@@ -115,6 +115,12 @@ def test_a_launcher_whose_processes_accelerate_does_not_see_is_refused(
         make_accelerator(torch.float32, torch.device("cpu"), [], tmp_path)
 
 
+def test_one_process_trains_in_one_precision_after_the_other(tmp_path: Path) -> None:
+    # A notebook does; Accelerate alone refuses it, or silently keeps the first one.
+    for dtype, precision in ((torch.bfloat16, "bf16"), (torch.float32, "no"), (torch.bfloat16, "bf16")):
+        assert make_accelerator(dtype, torch.device("cpu"), [], tmp_path).mixed_precision == precision
+
+
 if __name__ == "__main__":
     gc.freeze()  # a collection in the forked processes would copy every page of the libraries
     debug_launcher(train_in_this_process, args=(sys.argv[1], sys.argv[2]), num_processes=2)
